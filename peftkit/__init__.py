@@ -1,0 +1,29 @@
+"""Parameter-efficient fine-tuning: wrap, export, report."""
+
+from peftkit.budget import fit_budget
+from peftkit.methods import METHODS
+from peftkit.methods.bitfit import BitFit
+from peftkit.methods.full import FullFineTuning
+from peftkit.methods.head import HeadOnly
+from peftkit.methods.layernorm import LayerNormTuning
+from peftkit.methods.lora import LoRA
+from peftkit.plan import Plan, plan
+from peftkit.wrap import activate, disabled, unwrap, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "BitFit",
+    "FullFineTuning",
+    "HeadOnly",
+    "LayerNormTuning",
+    "LoRA",
+    "Plan",
+    "activate",
+    "disabled",
+    "fit_budget",
+    "plan",
+    "unwrap",
+    "wrap",
+]

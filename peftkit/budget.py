@@ -1,0 +1,56 @@
+"""Solves a method's size for a trainable-parameter budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from peftkit.errors import ConfigError, nearest
+from peftkit.methods import METHODS
+from peftkit.plan import plan
+
+
+def fit_budget(model: nn.Module, method: str, *, parameters: int, **fields: Any) -> Any:
+    """The config of a method whose exact trainable count comes closest to a budget without going over it.
+
+    Args:
+        model: the model to be wrapped; nothing is changed.
+        method: a name in `peftkit.METHODS`.
+        parameters: the budget: trainable parameters, those of a task's new head included.
+        **fields: further fields of the config; the method's own size field is solved for.
+
+    Raises:
+        ConfigError: the method is unknown, has no size to set, or its smallest size is over the budget.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"no method {method!r}; {nearest(method, METHODS)}")
+    entry = METHODS[method]
+    knob = entry.knob
+    start = entry.config(**fields)
+    if knob is None:
+        count = plan(model, start).trainable
+        if count > parameters:
+            raise ConfigError(f"{method} has no size to set and needs {count:,} parameters, over {parameters:,}")
+        return start
+    choices: Sequence[int] = knob.values(model) if knob.values else range(knob.low, knob.high + 1)
+
+    def count_at(index: int) -> int:
+        return plan(model, knob.set(start, choices[index])).trainable
+
+    low, high = 0, len(choices) - 1
+    smallest = count_at(low)
+    if smallest > parameters:
+        raise ConfigError(
+            f"{method} with {knob.field}={choices[low]} already trains {smallest:,} parameters, over the budget of "
+            f"{parameters:,}; raise the budget or name fewer target_modules"
+        )
+    step = 1
+    while low + step <= high and count_at(low + step) <= parameters:
+        low, step = low + step, step * 2
+    high = min(high, low + step - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count_at(middle) <= parameters else (low, middle - 1)
+    return knob.set(start, choices[low])

@@ -1,0 +1,174 @@
+"""Arithmetic that several methods share, with hand-written backward passes where they save memory or time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """up @ down @ x for row vectors, in x's dtype: the factors are cast, never the input.
+
+    Args:
+        x: (..., in).
+        down: (r, in).
+        up: (out, r).
+    """
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+def plain_gradients(x: Tensor) -> bool:
+    """Whether a hand-written backward may be used: gradients wanted, and neither autocast nor a compiler at work."""
+    return (
+        torch.is_grad_enabled()
+        and x.is_floating_point()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._functorch.peek_interpreter_stack()
+    )
+
+
+def add_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """out + scale * up @ down @ x, computed in place where nothing else can see `out`.
+
+    Args:
+        out: (..., out), fresh: nobody else holds it.
+        x: (..., in).
+        down: (r, in).
+        up: (out, r).
+
+    Returns:
+        (..., out), in out's dtype.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return out + (scale * low_rank(x, down, up)).to(out.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad or out.requires_grad):
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return out + (scale * low_rank(x, down, up)).to(out.dtype)
+        added: Tensor = _AddLowRank.apply(out, x, down, up, scale)
+        return added
+    return _add_low_rank_(out, x, down, up, scale)
+
+
+def _add_low_rank_(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    if x.dtype != out.dtype:
+        return out + (scale * low_rank(x, down, up)).to(out.dtype)
+    if down.dtype != x.dtype:
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    inner = F.linear(x, down)
+    if out.is_contiguous():
+        out.view(-1, out.shape[-1]).addmm_(_rows(inner), up.t(), alpha=scale)
+        return out
+    return out.add_(F.linear(inner, up), alpha=scale)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """Keeps the input only; the inner product is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, down, up)
+        ctx.scale = scale
+        cast_down, cast_up = down.to(x.dtype), up.to(x.dtype)
+        inner = _rows(F.linear(x, cast_down))
+        if x.dtype != out.dtype:
+            return out + (scale * F.linear(inner, cast_up)).to(out.dtype).view(out.shape)
+        return torch.addmm(_rows(out), inner, cast_up.t(), alpha=scale).view(out.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        x, down, up = ctx.saved_tensors
+        grad_x, grad_down, grad_up = low_rank_gradients(
+            _rows(grad), _rows(x), down, up, ctx.scale, ctx.needs_input_grad[1:4]
+        )
+        return grad, None if grad_x is None else grad_x.view(x.shape), grad_down, grad_up, None
+
+
+def low_rank_gradients(
+    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of scale * up @ down @ x for x, down and up.
+
+    Args:
+        grad: (rows, out).
+        x: (rows, in).
+        needed: which of the three are wanted.
+    """
+    grad = grad.to(x.dtype)
+    cast_down, cast_up = down.to(x.dtype), up.to(x.dtype)
+    back = scale * (grad @ cast_up) if needed[0] or needed[1] else None
+    grad_x = back @ cast_down if needed[0] and back is not None else None
+    grad_down = (back.t() @ x).to(down.dtype) if needed[1] and back is not None else None
+    grad_up = (scale * (grad.t() @ F.linear(x, cast_down))).to(up.dtype) if needed[2] else None
+    return grad_x, grad_down, grad_up
+
+
+class _LoraLinear(torch.autograd.Function):
+    """A frozen linear layer and its low-rank update as one step of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scale = scale
+        return _add_low_rank_(F.linear(x, weight, bias), x, down, up, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, down, up = ctx.saved_tensors
+        grad = _rows(grads[0])
+        rows = _rows(x)
+        cast_down, cast_up = down.to(x.dtype), up.to(x.dtype)
+        back = grad @ cast_up
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.addmm(grad @ weight, back, cast_down, alpha=ctx.scale).view(x.shape)
+        grad_down = (back.t() @ rows).mul_(ctx.scale).to(down.dtype) if ctx.needs_input_grad[3] else None
+        grad_up = None
+        if ctx.needs_input_grad[4]:
+            grad_up = (grad.t() @ F.linear(rows, cast_down)).mul_(ctx.scale).to(up.dtype)
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """weight @ x + bias + scale * up @ down @ x with a frozen weight, keeping nothing but x for the backward pass.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen.
+        bias: (out,) or None, frozen.
+        down: (r, in).
+        up: (out, r).
+    """
+    out: Tensor = _LoraLinear.apply(x, weight, bias, down, up, scale)
+    return out
+
+
+def row_norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Euclidean norms of the rows of weight + scale * up @ down, without forming that matrix.
+
+    ‖w + s b D‖² = ‖w‖² + 2 s b·(D w) + s² b (D Dᵀ) bᵀ
+
+    Args:
+        weight: (out, in).
+        squared: (out,), squared norms of the rows of `weight`.
+        down: (r, in).
+        up: (out, r).
+
+    Returns:
+        (out,), in the dtype of `squared`.
+    """
+    wide = squared.dtype
+    down, up = down.to(wide), up.to(wide)
+    cross = ((weight @ down.to(weight.dtype).t()).to(wide) * up).sum(1)
+    gram = ((up @ (down @ down.t())) * up).sum(1)
+    return (squared + 2 * scale * cross + scale * scale * gram).clamp_min_(0).sqrt_()

@@ -1,0 +1,49 @@
+"""How the parameters of a module are read and written, whatever their storage. One file a backend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from peftkit.errors import MergeError
+from peftkit.quantization.plain import PlainWeights
+
+
+class BaseWeights(Protocol):
+    """The parameters of one module, readable and perhaps writable."""
+
+    can_write: bool
+
+    def read(self) -> dict[str, Tensor]:
+        """Parameters by name in float32 (float64 stays), weights of projections as (out, in). Copies."""
+        ...
+
+    def write(self, values: dict[str, Tensor]) -> None:
+        """Stores values, given as `read` gives them, rounded once to the stored dtype, in place."""
+        ...
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as they are stored, for a backup. Not copies."""
+        ...
+
+
+def weights_of(module: nn.Module, *, raw: bool = False) -> BaseWeights:
+    """Access to the module's own parameters.
+
+    Args:
+        raw: leave the orientation as it is stored.
+
+    Raises:
+        MergeError: the module stores its weight in a way that no backend here knows.
+    """
+    for parameter in module.parameters(recurse=False):
+        if not parameter.is_floating_point():
+            raise MergeError(
+                f"{type(module).__name__} stores its weight as {parameter.dtype}, which no backend of this version can "
+                "read; load the base model in bfloat16, float16 or float32 to merge"
+            )
+    return PlainWeights(module, raw=raw)
+
+
+__all__ = ["BaseWeights", "PlainWeights", "weights_of"]

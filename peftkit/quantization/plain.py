@@ -1,0 +1,38 @@
+"""Parameters stored as ordinary floating-point tensors: Linear, transposed Linear (Conv1D), Embedding, norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PlainWeights:
+    """Reads and writes ordinary floating-point parameters."""
+
+    can_write = True
+
+    def __init__(self, module: nn.Module, *, raw: bool = False) -> None:
+        self._parameters: dict[str, Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
+        stored_transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+        self._transposed = stored_transposed and not raw
+
+    def _turn(self, name: str, value: Tensor) -> Tensor:
+        return value.T if self._transposed and name == "weight" else value
+
+    def read(self) -> dict[str, Tensor]:
+        """Parameters by name in float32 (float64 stays), weights as (out, in). Copies."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            found[name] = self._turn(name, parameter.detach().to(wide, copy=True))
+        return found
+
+    def write(self, values: dict[str, Tensor]) -> None:
+        """Stores values, rounded once to the stored dtype, in place."""
+        with torch.no_grad():
+            for name, value in values.items():
+                self._parameters[name].data.copy_(self._turn(name, value))
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as they are stored. Not copies."""
+        return {name: parameter.data for name, parameter in self._parameters.items()}

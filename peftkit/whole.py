@@ -1,0 +1,44 @@
+"""An adapter that trains copies of a module's own parameters: heads, biases, norms, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.spec import Adapter
+
+
+class WholeModule(Adapter):
+    """Trained copies of some of a module's parameters, read by the module in place of its own while active.
+
+    The module's own parameters stay frozen and unchanged, so that disabling restores them exactly.
+    """
+
+    advises = False
+    raw = True
+
+    def __init__(self, parameters: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
+        super().__init__()
+        self.replaces = tuple(name for name, _ in parameters)  # type: ignore[misc]  # one set of names per instance
+        for name, shape in parameters:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def copy_from(self, module: nn.Module) -> None:
+        """Starts from the module's own values."""
+        with torch.no_grad():
+            for name in self.replaces:
+                own = module._parameters[name]
+                copy = self._parameters[name]
+                assert own is not None and copy is not None
+                copy.data = own.detach().clone()
+
+    def replacement(self, name: str, value: Any) -> Any:
+        """The trained copy."""
+        return self._parameters[name]
+
+    def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The trained copies themselves."""
+        return {name: self._parameters[name].detach().to(base[name].dtype) for name in self.replaces}  # type: ignore[union-attr]  # registered above

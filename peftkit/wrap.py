@@ -1,0 +1,478 @@
+"""Plan -> the same model, frozen and adapted, in place; unwrap undoes it bit for bit.
+
+A module at a site keeps its identity, its parameters and its place in the tree. Only its class changes, to a subclass
+whose forward runs the active adapters around the original forward. Adapters live in a child ModuleDict named "peftkit".
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit import backbones
+from peftkit.errors import ConfigError, StateError, TargetError, nearest
+from peftkit.plan import Plan, plan
+from peftkit.spec import Adapter, Site, State, adapter_dtype
+from peftkit.whole import WholeModule
+
+M = TypeVar("M", bound=nn.Module)
+
+CHILD = "peftkit"
+"""Name of the child that holds a module's adapters."""
+ROOT_METHODS: dict[str, Callable[..., Any]] = {}
+"""Methods that a wrapped model gets in place of its own of that name; each receives the original first."""
+
+
+@dataclass
+class Record:
+    """What a wrapped model knows about itself; kept on the model, by paths, so that a deep copy has its own."""
+
+    plans: dict[str, Plan] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    frozen: set[str] = field(default_factory=set)
+    """Names of adapters that do not train."""
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    """The backbone's flags before wrapping."""
+    backups: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Parameters before merging, by module path; empty when nothing is merged."""
+    merged: tuple[str, ...] = ()
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is known of an adapter's origin, by adapter name."""
+
+
+def record_of(model: nn.Module) -> Record:
+    """The model's record.
+
+    Raises:
+        StateError: the model is not wrapped.
+    """
+    found = model.__dict__.get("_peftkit")
+    if not isinstance(found, Record):
+        raise StateError(
+            f"{type(model).__name__} is not wrapped; call peftkit.wrap(model, config) or peftkit.load first"
+        )
+    return found
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether adapters are attached to the model."""
+    return isinstance(model.__dict__.get("_peftkit"), Record)
+
+
+# The swapped class --------------------------------------------------------------------------------------------------
+
+
+def _reader(name: str) -> property:
+    """A property that reads the module's own attribute through the active adapters."""
+
+    def get(self: nn.Module) -> Any:
+        parameters = self._parameters
+        value = parameters[name] if name in parameters else self.__dict__[name]
+        for adapter in self.__dict__["_peftkit_active"]:
+            if name in adapter.replaces:
+                value = adapter.replacement(name, value)
+        return value
+
+    def put(self: nn.Module, value: Any) -> None:
+        if name not in self._parameters:
+            self.__dict__[name] = value
+
+    return property(get, put)
+
+
+@functools.cache
+def adapted(cls: type[nn.Module], replaced: frozenset[str], root: bool) -> type[nn.Module]:
+    """The subclass of `cls` whose forward and attributes go through the active adapters."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = functools.partial(cls.forward, self)
+        for adapter in self.__dict__["_peftkit_active"]:
+            if adapter.advises:
+                call = functools.partial(adapter.forward, self, call)
+        return call(*args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _rebuild, (cls, replaced, root), self.__getstate__() if hasattr(cls, "__getstate__") else self.__dict__
+
+    body: dict[str, Any] = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_peftkit_original": cls,
+    }
+    body.update({name: _reader(name) for name in replaced})
+    if root:
+        for name, method in ROOT_METHODS.items():
+            if hasattr(cls, name):
+                body[name] = _overridden(getattr(cls, name), method)
+    return type(cls.__name__, (cls,), body)
+
+
+def _overridden(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(functools.partial(original, self), self, *args, **kwargs)
+
+    return call
+
+
+def _rebuild(cls: type[nn.Module], replaced: frozenset[str], root: bool) -> nn.Module:
+    made = adapted(cls, replaced, root)
+    return made.__new__(made)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Changes the module's class, and what accelerate's hooks remember of its forward."""
+    module.__class__ = cls
+    old = module.__dict__.get("_old_forward")
+    if isinstance(old, types.MethodType):
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module has when no adapter is attached."""
+    return getattr(type(module), "_peftkit_original", type(module))
+
+
+def _refresh(model: nn.Module, module: nn.Module, active: Sequence[str]) -> None:
+    """Gives the module the class, the active adapters and the gradient flags that fit its children."""
+    children = module._modules.get(CHILD)
+    attached: dict[str, Adapter] = dict(children.items()) if children is not None else {}  # type: ignore[operator]
+    cls = original_class(module)
+    is_root = is_wrapped(model) and module is model
+    if not attached and not is_root:
+        if CHILD in module._modules:
+            del module._modules[CHILD]
+        module.__dict__.pop("_peftkit_active", None)
+        _set_class(module, cls)
+        return
+    module.__dict__["_peftkit_active"] = tuple(attached[name] for name in active if name in attached)
+    replaced = frozenset(n for adapter in attached.values() for n in adapter.replaces if _has(module, n))
+    _set_class(module, adapted(cls, replaced, is_root))
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return module._parameters.get(name) is not None or name in module.__dict__
+
+
+# Attaching ----------------------------------------------------------------------------------------------------------
+
+
+def wrap(
+    model: M,
+    config: Any,
+    *,
+    name: str = "default",
+    dtype: torch.dtype | None = None,
+    trainable: bool = True,
+) -> M:
+    """The same model, frozen, with the adapters of `config` attached and active.
+
+    Fresh adapters draw from torch's global random generator.
+
+    Args:
+        model: any module; changed in place and returned.
+        config: a configuration such as `peftkit.LoRA(r=16)`.
+        name: name of the adapter; several adapters can be attached under different names.
+        dtype: dtype of the adapters; None: that of the weights beside them, at least float32.
+        trainable: False attaches frozen adapters.
+
+    Raises:
+        ConfigError: the name is taken or not usable, or the config does not fit the model.
+        TargetError: a pattern matches nothing, or two adapters of one name would meet at one module.
+        StateError: a merge is in effect.
+    """
+    check_name(name)
+    if is_wrapped(model):
+        record = record_of(model)
+        if record.merged:
+            raise StateError(
+                f"{', '.join(record.merged)} is merged into the weights; call peftkit.unmerge(model) first"
+            )
+        if name in record.plans:
+            raise ConfigError(f"an adapter named {name!r} is attached already; choose another name or unwrap it first")
+    return attach(model, plan(model, config), name=name, dtype=dtype, trainable=trainable)
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError when the name cannot be that of an adapter."""
+    if not name or "." in name or "/" in name or hasattr(nn.ModuleDict, name):
+        raise ConfigError(f"{name!r} cannot be an adapter's name: use letters, digits, '-' and '_'")
+
+
+def attach(
+    model: M,
+    planned: Plan,
+    *,
+    name: str,
+    dtype: torch.dtype | None = None,
+    trainable: bool = True,
+    state: State | None = None,
+) -> M:
+    """Carries out a plan: builds and initialises every adapter, then attaches them all at once.
+
+    Args:
+        state: tensors to fill the adapters with instead of a fresh initialisation.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if state is None:
+        pending = _build(modules, planned, dtype, None)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            pending = _build(modules, planned, dtype, state)
+    record = model.__dict__.get("_peftkit")
+    if record is None:
+        record = model.__dict__["_peftkit"] = Record(
+            requires_grad={n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+        )
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    for path, adapter in pending:
+        module = modules[path]
+        if CHILD not in module._modules:
+            module.add_module(CHILD, nn.ModuleDict())
+        adapter.train(module.training)
+        module._modules[CHILD][name] = adapter  # type: ignore[index]  # a ModuleDict by construction
+    record.plans[name] = planned
+    if not trainable:
+        record.frozen.add(name)
+    activate(model, name)
+    return model
+
+
+def _build(
+    modules: dict[str, nn.Module], planned: Plan, dtype: torch.dtype | None, state: State | None
+) -> list[tuple[str, Adapter]]:
+    """New adapters for every site of a plan, filled, not yet attached."""
+    method, config = planned.method, planned.config
+    occupied: dict[str, str] = {}
+    for site in (*planned.sites, *planned.extras):
+        if site.path in occupied:
+            raise TargetError(
+                f"{site.path or 'the model'} is a target twice: as {occupied[site.path]} and as {site.role}"
+            )
+        occupied[site.path] = site.role
+        if "forward" in modules[site.path].__dict__ and "_old_forward" not in modules[site.path].__dict__:
+            raise TargetError(
+                f"{site.path}.forward was replaced on the instance; adapters go around a class's forward only"
+            )
+    pending: list[tuple[str, Adapter]] = []
+    root = modules[""]
+    shared = method.shared(planned.sites, config) if method.shared else None
+    if shared is not None:
+        _place(shared, modules[planned.sites[0].path], dtype)
+        if method.initialise_shared and not _on_meta(shared):
+            method.initialise_shared(shared, root, planned.sites, config)
+        if state is not None:
+            fill(shared, state.get("", {}))
+        pending.append(("", shared))
+    copies: dict[int, nn.Parameter] = {}
+    for site in (*planned.sites, *planned.extras):
+        module = modules[site.path]
+        if site.role == "extra":
+            whole = WholeModule(site.parameters)
+            _place(whole, module, None)
+            whole.copy_from(module)
+            adapter: Adapter = whole
+        else:
+            adapter = method.adapter(site, config, shared)
+            _place(adapter, module, dtype)
+            if not _on_meta(adapter):
+                method.initialise(adapter, module, site, config)
+        if state is not None:
+            fill(adapter, state.get(site.path, {}))
+        if site.parameters:
+            _share_tied(adapter, module, copies)
+        pending.append((site.path, adapter))
+    return pending
+
+
+def _on_meta(adapter: Adapter) -> bool:
+    return any(t.is_meta for t in adapter.tensors().values())
+
+
+def _share_tied(adapter: Adapter, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
+    """Gives modules that share a parameter one trained copy of it."""
+    for name, parameter in list(adapter._parameters.items()):
+        own = module._parameters.get(name)
+        if own is not None and parameter is not None:
+            adapter._parameters[name] = copies.setdefault(id(own), parameter)
+
+
+def _place(adapter: Adapter, module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Moves a new adapter's floating-point tensors to the device and dtype that go with the module."""
+    reference = next((p for p in module.parameters(recurse=False)), None)
+    if reference is None:
+        reference = next(module.parameters(), None)
+    wanted = dtype
+    if wanted is None and reference is not None and reference.is_floating_point():
+        whole = isinstance(adapter, WholeModule) or adapter.raw
+        wanted = reference.dtype if whole else adapter_dtype(reference.dtype)
+    device = backbones.device_of(module)
+    if device.type == "meta":
+        adapter.to(dtype=wanted)
+        adapter.to_empty(device=device)
+    else:
+        adapter.to(device=device, dtype=wanted)
+
+
+def fill(adapter: Adapter, values: dict[str, Tensor]) -> None:
+    """Copies tensors into an adapter; names and shapes were checked before."""
+    with torch.no_grad():
+        for key, tensor in adapter.tensors().items():
+            if key in values:
+                tensor.data.copy_(values[key])
+
+
+# Verbs on a wrapped model -------------------------------------------------------------------------------------------
+
+
+def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules that hold adapters."""
+    for path, module in model.named_modules():
+        if CHILD in module._modules:
+            yield path, module
+
+
+def adapters_of(model: nn.Module, name: str) -> Iterator[tuple[str, Adapter]]:
+    """Site paths and adapters of one name.
+
+    Raises:
+        StateError: the model is not wrapped, or holds no adapter of that name.
+    """
+    check_known(record_of(model), name)
+    for path, module in sites_of(model):
+        children = module._modules[CHILD]
+        if name in children:  # type: ignore[operator]  # a ModuleDict by construction
+            yield path, children[name]  # type: ignore[index]
+
+
+def check_known(record: Record, name: str) -> None:
+    """Raises StateError unless the model holds an adapter of that name."""
+    if name not in record.plans:
+        raise StateError(f"no adapter named {name!r} is attached; {nearest(name, record.plans)}")
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Makes these adapters, and no others, take part in the forward pass; inner ones first.
+
+    Active adapters require gradients unless they were attached frozen; inactive ones do not.
+
+    Raises:
+        StateError: a name is unknown, or a merge is in effect.
+    """
+    record = record_of(model)
+    if record.merged:
+        raise StateError(f"{', '.join(record.merged)} is merged into the weights; call peftkit.unmerge(model) first")
+    for name in names:
+        check_known(record, name)
+    record.active = names
+    _refresh(model, model, names)
+    for _, module in list(sites_of(model)):
+        _refresh(model, module, names)
+        for name, adapter in module._modules[CHILD].items():  # type: ignore[union-attr, operator]
+            train = name in names and name not in record.frozen
+            for key, parameter in adapter._parameters.items():
+                if parameter is not None and parameter.is_floating_point():
+                    parameter.requires_grad_(train and key not in adapter.untrained)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes exactly what the backbone alone computes.
+
+    Raises:
+        StateError: the model is not wrapped, or a merge is in effect.
+    """
+    record = record_of(model)
+    if record.merged:
+        raise StateError(f"{', '.join(record.merged)} is merged into the weights; call peftkit.unmerge(model) first")
+    held = [(module, module.__dict__["_peftkit_active"]) for _, module in sites_of(model)]
+    try:
+        for module, _ in held:
+            module.__dict__["_peftkit_active"] = ()
+        yield
+    finally:
+        for module, active in held:
+            if "_peftkit_active" in module.__dict__:
+                module.__dict__["_peftkit_active"] = active
+
+
+def unwrap(model: M, name: str | None = None) -> M:
+    """The original model, every bit; merged weights are restored first.
+
+    Args:
+        name: detach this adapter only; None: all of them, and restore the backbone's gradient flags.
+
+    Raises:
+        StateError: the model is not wrapped, or holds no adapter of that name.
+    """
+    record = record_of(model)
+    if name is not None:
+        check_known(record, name)
+    restore(model)
+    for _, module in list(sites_of(model)):
+        children = module._modules[CHILD]
+        for key in list(children.keys()):  # type: ignore[union-attr, operator]
+            if name is None or key == name:
+                del children[key]  # type: ignore[union-attr, operator]
+    remaining = [n for n in record.plans if name is not None and n != name]
+    for gone in set(record.plans) - set(remaining):
+        del record.plans[gone]
+        record.frozen.discard(gone)
+    if not remaining:
+        flags = record.requires_grad
+        del model.__dict__["_peftkit"]
+        for _, module in list(sites_of(model)):
+            _refresh(model, module, ())
+        _refresh(model, model, ())
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags.get(key, parameter.requires_grad))
+        return model
+    for _, module in list(sites_of(model)):
+        _refresh(model, module, ())
+    activate(model, *(n for n in record.active if n in remaining))
+    return model
+
+
+def restore(model: nn.Module) -> None:
+    """Puts back the parameters that a merge changed, every bit, and the adapters on the path; nothing merged: nothing."""
+    record = record_of(model)
+    if not record.merged:
+        return
+    modules = dict(model.named_modules())
+    for path, stored in record.backups.items():
+        for key, value in stored.items():
+            own = modules[path]._parameters[key]
+            assert own is not None
+            own.data.copy_(value)
+    names = record.merged
+    record.merged, record.backups = (), {}
+    activate(model, *names)
+
+
+def state_of(model: nn.Module, name: str) -> State:
+    """The tensors of one adapter by site path and name, tied copies once."""
+    seen: set[int] = set()
+    found: State = {}
+    for path, adapter in adapters_of(model, name):
+        fresh = {k: t.detach() for k, t in adapter.tensors().items() if id(t) not in seen}
+        seen |= {id(t) for t in adapter.tensors().values()}
+        if fresh:
+            found[path] = fresh
+    return found
+
+
+def step_sites(planned: Plan) -> tuple[Site, ...]:
+    """All sites of a plan, those of the modules trained whole included."""
+    return (*planned.sites, *planned.extras)
