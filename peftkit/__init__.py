@@ -1,6 +1,8 @@
 """Parameter-efficient fine-tuning: wrap, export, report."""
 
 from peftkit.budget import fit_budget
+from peftkit.checkpoint import load, save
+from peftkit.merge import MergeReport, merge, merge_and_unload, unmerge
 from peftkit.methods import METHODS
 from peftkit.methods.bitfit import BitFit
 from peftkit.methods.full import FullFineTuning
@@ -14,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "MergeReport",
     "BitFit",
     "FullFineTuning",
     "HeadOnly",
@@ -23,7 +26,12 @@ __all__ = [
     "activate",
     "disabled",
     "fit_budget",
+    "load",
+    "merge",
+    "merge_and_unload",
     "plan",
+    "save",
+    "unmerge",
     "unwrap",
     "wrap",
 ]

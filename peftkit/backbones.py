@@ -296,3 +296,24 @@ def device_of(module: nn.Module) -> torch.device:
     for parameter in module.parameters():
         return parameter.device
     return torch.device("cpu")
+
+
+_TASKS = (
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """The task that a transformers class is made for, in peft's spelling; None for other classes."""
+    name = type(model).__name__
+    return next((task for suffix, task in _TASKS if name.endswith(suffix)), None)
+
+
+def name_of(model: nn.Module) -> str:
+    """The name that a transformers model was loaded by; "" for one that was not loaded."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -172,3 +173,54 @@ def row_norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: 
     cross = ((weight @ down.to(weight.dtype).t()).to(wide) * up).sum(1)
     gram = ((up @ (down @ down.t())) * up).sum(1)
     return (squared + 2 * scale * cross + scale * scale * gram).clamp_min_(0).sqrt_()
+
+
+class Derived:
+    """A value computed from a few tensors, remembered in evaluation as long as none of them changes.
+
+    Copies and pickles start empty, so that what is remembered never leaves the process or outlives its sources.
+    """
+
+    __slots__ = ("key", "value")
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.value: Any = None
+
+    def get(self, training: bool, dtype: torch.dtype, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """What `make` returns; computed afresh in training, with gradients and under a compiler.
+
+        Args:
+            training: whether the owner is in training mode.
+            dtype: the dtype that `make` produces.
+            sources: the tensors that `make` reads.
+        """
+        if torch.compiler.is_compiling() or training or torch.is_grad_enabled():
+            return make()
+        key = (dtype, *[(t.data_ptr(), t._version, t.dtype) for t in sources])
+        if key != self.key:
+            with torch.autocast(sources[0].device.type, enabled=False):
+                self.value = make()
+            self.key = key
+        return self.value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
+        return Derived()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Derived, ()
+
+
+def kept_rows(like: Tensor, rank_dropout: float, module_dropout: float, rescale: bool) -> Tensor:
+    """Factors that drop rows of an update, and at times all of it, (out,); tensors only, so that it compiles.
+
+    Args:
+        like: (out, ...), gives the number of rows, device and dtype.
+        rank_dropout: probability of dropping a row.
+        module_dropout: probability of dropping every row.
+        rescale: divide by the share of rows that were kept.
+    """
+    kept = (torch.rand(like.shape[0], device=like.device) >= rank_dropout).to(like.dtype)
+    if rescale:
+        kept = kept / kept.mean().clamp_min(1 / like.shape[0])
+    return kept * (torch.rand((), device=like.device) >= module_dropout).to(like.dtype)

@@ -88,8 +88,8 @@ def _reader(name: str) -> property:
 
 
 @functools.cache
-def adapted(cls: type[nn.Module], replaced: frozenset[str], root: bool) -> type[nn.Module]:
-    """The subclass of `cls` whose forward and attributes go through the active adapters."""
+def adapted(cls: Any, replaced: frozenset[str], advised: bool, root: bool) -> type[nn.Module]:
+    """The subclass of `cls` whose attributes and, where `advised`, forward go through the active adapters."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,16 +100,17 @@ def adapted(cls: type[nn.Module], replaced: frozenset[str], root: bool) -> type[
         return call(*args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        return _rebuild, (cls, replaced, root), self.__getstate__() if hasattr(cls, "__getstate__") else self.__dict__
+        return _rebuild, (cls, replaced, advised, root), self.__getstate__() if hasattr(cls, "__getstate__") else self.__dict__
 
     body: dict[str, Any] = {
-        "forward": forward,
         "__reduce_ex__": reduce,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_peftkit_original": cls,
     }
+    if advised:
+        body["forward"] = forward
     body.update({name: _reader(name) for name in replaced})
     if root:
         for name, method in ROOT_METHODS.items():
@@ -126,8 +127,8 @@ def _overridden(original: Callable[..., Any], method: Callable[..., Any]) -> Cal
     return call
 
 
-def _rebuild(cls: type[nn.Module], replaced: frozenset[str], root: bool) -> nn.Module:
-    made = adapted(cls, replaced, root)
+def _rebuild(cls: type[nn.Module], replaced: frozenset[str], advised: bool, root: bool) -> nn.Module:
+    made = adapted(cls, replaced, advised, root)
     return made.__new__(made)
 
 
@@ -158,7 +159,17 @@ def _refresh(model: nn.Module, module: nn.Module, active: Sequence[str]) -> None
         return
     module.__dict__["_peftkit_active"] = tuple(attached[name] for name in active if name in attached)
     replaced = frozenset(n for adapter in attached.values() for n in adapter.replaces if _has(module, n))
-    _set_class(module, adapted(cls, replaced, is_root))
+    advised = any(adapter.advises for adapter in attached.values())
+    _set_class(module, adapted(cls, replaced, advised, is_root))
+
+
+def detach_code(model: nn.Module) -> None:
+    """Takes the adapters' code off every path and leaves their tensors where they are; `activate` puts it back."""
+    record_of(model).active = ()
+    for _, module in sites_of(model):
+        module.__dict__["_peftkit_active"] = ()
+        cls = original_class(module)
+        _set_class(module, adapted(cls, frozenset(), False, True) if module is model else cls)
 
 
 def _has(module: nn.Module, name: str) -> bool:

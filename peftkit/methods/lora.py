@@ -56,6 +56,9 @@ class LoRA(Config):
         )
 
 
+_DISK = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
+
+
 def _rank(site: Site, cfg: LoRA) -> int:
     return int(from_pattern(cfg.rank_pattern, site.path, cfg.r))
 
@@ -111,6 +114,10 @@ class LoraAdapter(Adapter):
         bias = self._parameters.get("lora_bias")
         return out if bias is None else out + self.scale * bias.to(out.dtype)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """A, B and what belongs to them, by the names that the folder uses."""
+        return {_DISK.get(n, n): p for n, p in self._parameters.items() if p is not None}
+
     def delta(self) -> Tensor:
         """The update of the weight, (out, in), float32 or float64."""
         down, up = self.factors()
@@ -129,6 +136,10 @@ class LoraAdapter(Adapter):
 
 class EmbeddingAdapter(LoraAdapter):
     """The same update of an embedding: rows of (B A)ᵀ are looked up."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B, by the names that the folder uses."""
+        return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
 
     def forward(self, module: nn.Module, call: Callable[..., Any], x: Tensor) -> Tensor:
         """Args: x (...), token ids. Returns: (..., out)."""
@@ -279,6 +290,20 @@ def _start_from_weight(adapter: LoraAdapter, weight: Tensor, rank: int, init: st
     adapter.start_B.copy_(adapter.lora_B)  # type: ignore[operator]  # a buffer
 
 
+def write_config(planned: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields as peft writes them."""
+    transposed = any(site.kind == "Conv1D" for site in planned.sites)
+    patterns = {k: dict(fields[k] or {}) for k in ("rank_pattern", "alpha_pattern")}
+    return {**fields, **patterns, "bias": "none", "fan_in_fan_out": transposed}
+
+
+def read_config(fields: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The fields of LoRA; initialisations that leave the base as it is read as the default one."""
+    if fields.get("init_lora_weights") in ("eva", "lora_ga"):
+        fields["init_lora_weights"] = True
+    return fields
+
+
 METHOD = Method(
     name="lora",
     title="LoRA",
@@ -296,5 +321,16 @@ METHOD = Method(
     per_row=True,
     embeddings=True,
     knob=Knob(field="r"),
-    peft=PeftFormat(peft_type="LORA"),
+    peft=PeftFormat(
+        peft_type="LORA",
+        write_config=write_config,
+        read_config=read_config,
+        ignored={
+            "bias": ("none",),
+            "fan_in_fan_out": (),
+            "megatron_core": (),
+            "qalora_group_size": (),
+            "velora_config": (),
+        },
+    ),
 )

@@ -23,16 +23,17 @@ class BaseWeights(Protocol):
         """Stores values, given as `read` gives them, rounded once to the stored dtype, in place."""
         ...
 
+    def turn(self, name: str, value: Tensor) -> Tensor:
+        """Between (out, in) and the orientation in which the parameter is stored; its own inverse."""
+        ...
+
     def stored(self) -> dict[str, Tensor]:
         """The tensors as they are stored, for a backup. Not copies."""
         ...
 
 
-def weights_of(module: nn.Module, *, raw: bool = False) -> BaseWeights:
+def weights_of(module: nn.Module) -> BaseWeights:
     """Access to the module's own parameters.
-
-    Args:
-        raw: leave the orientation as it is stored.
 
     Raises:
         MergeError: the module stores its weight in a way that no backend here knows.
@@ -43,7 +44,7 @@ def weights_of(module: nn.Module, *, raw: bool = False) -> BaseWeights:
                 f"{type(module).__name__} stores its weight as {parameter.dtype}, which no backend of this version can "
                 "read; load the base model in bfloat16, float16 or float32 to merge"
             )
-    return PlainWeights(module, raw=raw)
+    return PlainWeights(module)
 
 
 __all__ = ["BaseWeights", "PlainWeights", "weights_of"]

@@ -11,12 +11,12 @@ class PlainWeights:
 
     can_write = True
 
-    def __init__(self, module: nn.Module, *, raw: bool = False) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._parameters: dict[str, Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
-        stored_transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
-        self._transposed = stored_transposed and not raw
+        self._transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
-    def _turn(self, name: str, value: Tensor) -> Tensor:
+    def turn(self, name: str, value: Tensor) -> Tensor:
+        """Between (out, in) and the orientation in which the parameter is stored; its own inverse."""
         return value.T if self._transposed and name == "weight" else value
 
     def read(self) -> dict[str, Tensor]:
@@ -24,14 +24,14 @@ class PlainWeights:
         found = {}
         for name, parameter in self._parameters.items():
             wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            found[name] = self._turn(name, parameter.detach().to(wide, copy=True))
+            found[name] = self.turn(name, parameter.detach().to(wide, copy=True))
         return found
 
     def write(self, values: dict[str, Tensor]) -> None:
         """Stores values, rounded once to the stored dtype, in place."""
         with torch.no_grad():
             for name, value in values.items():
-                self._parameters[name].data.copy_(self._turn(name, value))
+                self._parameters[name].data.copy_(self.turn(name, value))
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors as they are stored. Not copies."""

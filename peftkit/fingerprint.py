@@ -1,0 +1,84 @@
+"""A fingerprint of the backbone's weights, so that an adapter finds out when it is put on other weights.
+
+Weights are often trained in one precision and used in another, so a digest is kept for the weights as they would be in
+each of float32, bfloat16 and float16; two models agree on a tensor when their digests agree in the dtype of either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit import targets
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLE = 1 << 14
+"""Elements of a tensor that enter the digest one by one; all of them enter a sum."""
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+def _digest(tensor: Tensor) -> str:
+    """16 hexadecimal digits: shape, dtype, the wrapping sum of all bit patterns, and evenly spaced elements."""
+    flat = tensor.detach().contiguous().view(-1)
+    bits = flat.view(_INTEGERS[flat.element_size()])
+    total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
+    step = max(1, bits.numel() // SAMPLE)
+    sample = bits[::step][:SAMPLE].cpu().numpy().tobytes()
+    text = f"{tuple(tensor.shape)} {tensor.dtype} {total}".encode()
+    return hashlib.sha256(text + sample).hexdigest()[:16]
+
+
+def digests(tensor: Tensor, dtypes: tuple[str, ...] = tuple(DTYPES)) -> dict[str, str]:
+    """Digest of the tensor by the dtype it is first rounded to."""
+    return {name: _digest(tensor.to(DTYPES[name])) for name in dtypes}
+
+
+def base_tensors(model: nn.Module, replaced: Mapping[str, Mapping[str, Tensor]], left_out: list[str]) -> dict[str, Tensor]:
+    """The backbone's parameters by name, as they were before a merge, without modules trained whole.
+
+    Args:
+        replaced: parameters before a merge, by module path and name.
+        left_out: paths of modules to leave out.
+    """
+    found = {}
+    for path, module in targets.modules(model):
+        if targets.inside(path, left_out):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[f"{path}.{name}".lstrip(".")] = replaced.get(path, {}).get(name, parameter.detach())
+    return found
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """{"dtype": of each tensor, "digests": of each tensor by dtype}, plain values for JSON; meta tensors are left out."""
+    kept = {n: t for n, t in tensors.items() if not t.is_meta and t.is_floating_point()}
+    return {
+        n: {"dtype": str(t.dtype).removeprefix("torch."), **digests(t)} for n, t in sorted(kept.items())
+    }
+
+
+def differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[str]:
+    """Names of tensors that are not those of a stored fingerprint, or that only one side has; quantized ones pass.
+
+    Args:
+        stored: what `fingerprint` returned, read from JSON.
+    """
+    wrong = [n for n in stored if n not in tensors]
+    for name, tensor in tensors.items():
+        known = stored.get(name)
+        if known is None:
+            wrong.append(name)
+            continue
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        own = str(tensor.dtype).removeprefix("torch.")
+        asked = tuple(d for d in dict.fromkeys((own, known.get("dtype"))) if d in DTYPES) or ("float32",)
+        mine = digests(tensor, asked)
+        if not any(mine[d] == known.get(d) for d in asked):
+            wrong.append(name)
+    return sorted(wrong)
