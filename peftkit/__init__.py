@@ -1,28 +1,53 @@
 """Parameter-efficient fine-tuning: wrap, export, report."""
 
+from peftkit import training
 from peftkit.budget import fit_budget
 from peftkit.checkpoint import load, save
 from peftkit.merge import MergeReport, merge, merge_and_unload, unmerge
 from peftkit.methods import METHODS
+from peftkit.methods.adalora import AdaLoRA
 from peftkit.methods.bitfit import BitFit
+from peftkit.methods.bottleneck import BottleneckAdapter
+from peftkit.methods.compacter import Compacter
 from peftkit.methods.full import FullFineTuning
 from peftkit.methods.head import HeadOnly
+from peftkit.methods.ia3 import IA3
 from peftkit.methods.layernorm import LayerNormTuning
+from peftkit.methods.loha import LoHa
+from peftkit.methods.lokr import LoKr
 from peftkit.methods.lora import LoRA
+from peftkit.methods.loreft import LoReFT
+from peftkit.methods.oft import OFT
+from peftkit.methods.prefix import PrefixTuning
+from peftkit.methods.prompt import PromptTuning
+from peftkit.methods.ptuning import PTuning
+from peftkit.methods.vera import VeRA
 from peftkit.plan import Plan, plan
 from peftkit.wrap import activate, disabled, unwrap, wrap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "METHODS",
-    "MergeReport",
+    "OFT",
+    "AdaLoRA",
     "BitFit",
+    "BottleneckAdapter",
+    "Compacter",
     "FullFineTuning",
     "HeadOnly",
     "LayerNormTuning",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoReFT",
+    "MergeReport",
+    "PTuning",
     "Plan",
+    "PrefixTuning",
+    "PromptTuning",
+    "VeRA",
     "activate",
     "disabled",
     "fit_budget",
@@ -31,6 +56,7 @@ __all__ = [
     "merge_and_unload",
     "plan",
     "save",
+    "training",
     "unmerge",
     "unwrap",
     "wrap",

@@ -7,7 +7,7 @@ module paths, so that one declaration fits every backbone in the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,15 @@ from torch import nn
 from peftkit.errors import BackboneError, nearest
 from peftkit.spec import is_weight_module
 
-HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs", "pooler_head", "span_classifier")
+HEAD_NAMES = (
+    "classifier",
+    "score",
+    "classification_head",
+    "qa_outputs",
+    "pooler_head",
+    "span_classifier",
+    "sequence_summary",
+)
 """Modules that a task adds on top of a pretrained stack and that start untrained."""
 TASK_CLASSES = re.compile(r"For(Sequence|Token|Image|Audio|Video)?(Classification|QuestionAnswering|MultipleChoice)$")
 
@@ -28,7 +36,9 @@ class Family:
     blocks: tuple[str, ...]
     """Names of the lists that hold the blocks, as suffixes of module paths."""
     slots: Mapping[str, tuple[str, ...]]
-    """Slot -> paths relative to a block."""
+    """Slot -> paths relative to a block; "a if b" stands for a in the blocks that hold b."""
+    post_norm: bool = False
+    """Whether a sub-layer's norm follows its residual sum, as in BERT; False: it precedes the sub-layer."""
     position_offset: bool = True
     """Whether a prefix shifts the positions of the tokens behind it, as a filled key-value cache does."""
 
@@ -81,12 +91,12 @@ _T5_SLOTS = {
     "attention.key": ("layer.0.SelfAttention.k", "layer.1.EncDecAttention.k"),
     "attention.value": ("layer.0.SelfAttention.v", "layer.1.EncDecAttention.v"),
     "attention.output": ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"),
-    "attention.norm": ("layer.0.layer_norm",),
+    "attention.norm": ("layer.0.layer_norm", "layer.1.layer_norm if layer.1.EncDecAttention"),
     "ffn": ("layer.1.DenseReluDense", "layer.2.DenseReluDense"),
     "ffn.gate": ("layer.1.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_0"),
     "ffn.up": tuple(f"layer.{i}.DenseReluDense.{n}" for i in (1, 2) for n in ("wi", "wi_1")),
     "ffn.down": ("layer.1.DenseReluDense.wo", "layer.2.DenseReluDense.wo"),
-    "ffn.norm": ("layer.1.layer_norm", "layer.2.layer_norm"),
+    "ffn.norm": ("layer.1.layer_norm if layer.1.DenseReluDense", "layer.2.layer_norm"),
     "norm": ("layer.0.layer_norm", "layer.1.layer_norm", "layer.2.layer_norm"),
 }
 _GPT2_SLOTS = {
@@ -120,18 +130,19 @@ _DEBERTA_SLOTS = {
     "attention.query": ("attention.self.query_proj",),
     "attention.key": ("attention.self.key_proj",),
     "attention.value": ("attention.self.value_proj",),
+    "attention.position": ("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
 }
 
-_BERT = Family(blocks=("encoder.layer",), slots=_BERT_SLOTS)
+_BERT = Family(blocks=("encoder.layer",), slots=_BERT_SLOTS, post_norm=True)
 _LLAMA = Family(blocks=("layers",), slots=_LLAMA_SLOTS)
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"), _LLAMA),
-    "deberta-v2": Family(blocks=("encoder.layer",), slots=_DEBERTA_SLOTS),
+    "deberta-v2": Family(blocks=("encoder.layer",), slots=_DEBERTA_SLOTS, post_norm=True),
     "vit": Family(blocks=("vit.layers", "layers"), slots=_VIT_SLOTS),
     "gpt2": Family(blocks=("h",), slots=_GPT2_SLOTS),
     "t5": Family(blocks=("encoder.block", "decoder.block"), slots=_T5_SLOTS),
-    "bart": Family(blocks=("encoder.layers", "decoder.layers"), slots=_BART_SLOTS),
+    "bart": Family(blocks=("encoder.layers", "decoder.layers"), slots=_BART_SLOTS, post_norm=True),
     "opt": Family(blocks=("decoder.layers",), slots=_BART_SLOTS),
 }
 """Model type, as in a transformers config -> its family."""
@@ -167,19 +178,39 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def slot_paths(model: nn.Module, slot: str) -> list[str]:
-    """Module paths that fill a slot, block by block; empty when no block has the slot.
+    """Module paths that fill a slot, block by block; empty when no block has the slot. "block" is the block itself.
 
     Raises:
         BackboneError: the architecture is not in the table.
     """
+    found = blocks(model)
+    if slot == "block":
+        return [path for path, _ in found]
     known = family(model)
-    relative = known.slots.get(slot, ()) if known else ()
+    relative = [r.partition(" if ") for r in known.slots.get(slot, ())] if known else []
     modules = dict(model.named_modules())
-    return [f"{path}.{r}" for path, _ in blocks(model) for r in relative if f"{path}.{r}" in modules]
+    return [
+        f"{path}.{name}"
+        for path, _ in found
+        for name, _, condition in relative
+        if f"{path}.{name}" in modules and f"{path}.{condition or name}" in modules
+    ]
+
+
+def post_norm(model: nn.Module) -> bool:
+    """Whether the norm of a sub-layer follows its residual sum; False where the architecture is not in the table."""
+    known = family(model)
+    before = getattr(getattr(model, "config", None), "do_layer_norm_before", None)
+    return known is not None and (known.post_norm if before is None else not before)
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the model is a decoder with a language-model head, whose labels mark what follows a prompt."""
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and family(model) is not None
 
 
 def layer_index(path: str) -> int | None:
-    """The index of the innermost numbered block in a module path: "model.layers.3.mlp" -> 3; None without one."""
+    """The index of the outermost numbered block in a module path: "model.layers.3.mlp" -> 3; None without one."""
     numbered = re.findall(r"(?:^|\.)(?:layers?|h|blocks?|encoder|decoder)\.(\d+)(?=\.|$)", path)
     if not numbered:
         numbered = re.findall(r"\.(\d+)(?=\.|$)", path)[:1]
@@ -205,6 +236,50 @@ def stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(names[id(base)], base)]
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a transformers model has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention.self", "crossattention")
+"""Names of the modules that attend to an encoder's output."""
+POSITION_NAMES = ("rotary_emb", "position_embeddings", "wpe", "embed_positions")
+"""Names of the modules that turn position numbers into vectors or angles."""
+
+
+def position_modules(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Modules that turn the positions of the tokens into vectors, in the stacks that hold one of `paths`."""
+    parents = [name for name, _ in stacks(model) if any(not name or p.startswith(name + ".") for p in paths)]
+    found = []
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        known = last.startswith(POSITION_NAMES) and (
+            isinstance(module, nn.Embedding) or "Rotary" in type(module).__name__
+        )
+        if known and any(not p or name.startswith(p + ".") for p in parents):
+            found.append(name)
+    return found
+
+
+def pools_first(model: nn.Module) -> bool:
+    """Whether the model classifies a sequence by what its encoder returns at position 0."""
+    return type(model).__name__.endswith("ForSequenceClassification") and model_type(model) in (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "electra",
+        "deberta-v2",
+    )
+
+
+def padding_position(model: nn.Module) -> int | None:
+    """The position of padding in families that count from behind it (RoBERTa); None where positions start at 0."""
+    if model_type(model) in ("roberta", "xlm-roberta", "camembert"):
+        return int(model.config.pad_token_id)  # type: ignore[union-attr, arg-type]  # a transformers config
+    return None
+
+
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that were added, untrained, for a classification or question-answering task."""
     if not TASK_CLASSES.search(type(model).__name__):
@@ -221,7 +296,7 @@ def output_head(model: nn.Module) -> str | None:
     head = getter() if callable(getter) else None
     for name, module in model.named_modules():
         if module is head and head is not None:
-            return name
+            return str(name)
     return None
 
 

@@ -17,7 +17,7 @@ from peftkit.errors import BaseMismatchError, CheckpointError, ConfigError, Peft
 from peftkit.methods import METHODS
 from peftkit.plan import Plan, plan
 from peftkit.spec import METADATA_PREFIX, Method, PeftFormat, State
-from peftkit.wrap import attach, check_name, is_wrapped, record_of, state_of, step_sites
+from peftkit.wrap import adapters_of, attach, check_name, is_wrapped, original_class, record_of, state_of, step_sites
 from peftkit.whole import WholeModule
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,11 +54,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     Raises:
         StateError: the model is not wrapped, or holds no adapter of that name.
         CheckpointError: the folder cannot be written, or `about` is not plain JSON.
+        TrainingError: the adapter was trained without what its method needs.
     """
     record = record_of(model)
-    tensors_by_site = state_of(model, name)
-    planned = record.plans[name]
-    tensors = {k: _whole(t).detach().cpu().contiguous() for k, t in packed(planned, tensors_by_site).items()}
+    planned, tensors_by_site = _stored(model, name)
+    tensors = {k: fingerprint.whole(t).detach().cpu().contiguous() for k, t in packed(planned, tensors_by_site).items()}
     destination = Path(path) if name == "default" else Path(path) / name
     provenance = dict(record.provenance.get(name, {}))
     if "base" not in provenance:
@@ -80,6 +80,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         raise CheckpointError(f"about must hold plain JSON values: {error}") from None
     folder.write(destination, files, tensors)
     return destination
+
+
+def _stored(model: nn.Module, name: str) -> tuple[Plan, State]:
+    """The plan and the tensors to write, as the method stores what was trained."""
+    state = state_of(model, name)
+    planned = record_of(model).plans[name]
+    adapters = dict(adapters_of(model, name))
+    for adapter in adapters.values():
+        adapter.check_trained()
+    method = planned.method
+    if method.stored is None:
+        return planned, state
+    config, changed = method.stored(planned.config, adapters)
+    sites = tuple(dataclasses.replace(site, count=method.parameter_count(site, config)) for site in planned.sites)
+    shared = method.shared_count(sites, config) if method.shared_count else 0
+    return dataclasses.replace(planned, config=config, sites=sites, shared=shared), {**state, **changed}
 
 
 def load(
@@ -202,6 +218,8 @@ def written_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
     """The fields of adapter_config.json, targets written out."""
     method, config = planned.method, planned.config
     fields = config.to_dict()
+    # An unset pattern is an empty object on disk: peft asks for its keys.
+    fields.update({k: {} for k in ("rank_pattern", "alpha_pattern") if k in fields and fields[k] is None})
     if planned.targets or config.target_modules is not None:
         fields["target_modules"] = sorted(planned.targets)
         fields["exclude_modules"] = fields["layers_to_transform"] = fields["layers_pattern"] = None
@@ -222,12 +240,12 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def _card(model: nn.Module, planned: Plan) -> str:
     """A model card: what the folder is and how to load it."""
     method = planned.method
-    name = backbones.name_of(model) or type(model).__name__
+    name = backbones.name_of(model) or original_class(model).__name__
     return (
         f"---\nlibrary_name: peftkit\ntags:\n- peft\n- {method.name}\n---\n\n# {method.title} for {name}\n\n"
         f"- method: {method.title}{f' ({method.paper})' if method.paper else ''}\n"
         f"- trainable parameters: {planned.trainable:,} of {planned.total:,}\n"
-        f"- base model: {name} ({type(model).__name__}); a fingerprint of its weights is in `{folder.PROVENANCE}`\n\n"
+        f"- base model: {name} ({original_class(model).__name__}); a fingerprint of its weights is in `{folder.PROVENANCE}`\n\n"
         "```python\nimport peftkit\n\npeftkit.load(model, \"path/to/this/folder\")\n```\n"
     )
 
@@ -245,7 +263,8 @@ def packed(planned: Plan, state: State) -> dict[str, Tensor]:
     else:
         names = peft.names if peft else {}
         found = {_key(p, names.get(n, n)): t for p, tensors in own.items() for n, t in tensors.items()}
-    found.update({_key(p, n): t for p in extras if p in state for n, t in state[p].items()})
+    prefix = peft.prefix if peft else METADATA_PREFIX
+    found.update({_key(p, n, prefix): t for p in extras if p in state for n, t in state[p].items()})
     return found
 
 
@@ -257,12 +276,13 @@ def unpacked(planned: Plan, tensors: Mapping[str, Tensor]) -> State:
     names = peft.names if peft and peft.pack is None else {}
     state: State = {}
     if peft is not None and peft.unpack is not None:
-        keys = {_key(p, n) for p in extras if p in expected for n in expected[p]}
+        keys = {_key(p, n, peft.prefix) for p in extras if p in expected for n in expected[p]}
         state = {p: dict(t) for p, t in peft.unpack(planned, {k: t for k, t in tensors.items() if k not in keys}).items()}
     for path, found in expected.items():
         if path in extras or peft is None or peft.unpack is None:
             for name in found:
-                key = _key(path, name if path in extras else names.get(name, name))
+                prefix = peft.prefix if peft and path in extras else METADATA_PREFIX
+                key = _key(path, name if path in extras else names.get(name, name), prefix)
                 if key in tensors:
                     state.setdefault(path, {})[name] = tensors[key]
     return state
@@ -291,18 +311,8 @@ def expected_state(planned: Plan) -> State:
     return state
 
 
-def _key(path: str, name: str) -> str:
-    return f"{METADATA_PREFIX}{path}.{name}" if path else f"{METADATA_PREFIX}{name}"
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered; any other as it is. Every rank must call it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
-    return tensor
+def _key(path: str, name: str, prefix: str = METADATA_PREFIX) -> str:
+    return f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
 
 
 def _checked(
@@ -394,4 +404,4 @@ def _check_base(model: nn.Module, planned: Plan, provenance: Mapping[str, Any], 
 def backbones_class(model: nn.Module) -> str:
     """The class and, for transformers models, the name of a model."""
     name = backbones.name_of(model)
-    return type(model).__name__ + (f" {name}" if name else "")
+    return original_class(model).__name__ + (f" {name}" if name else "")

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +36,7 @@ app.add_typer(bench, name="bench")
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
-class Task(str, Enum):
+class Task(StrEnum):
     """What the model is built for."""
 
     auto = "auto"
@@ -378,15 +378,16 @@ def find_suite(name: str) -> Path:
 
 
 def _own_suites() -> dict[str, Path]:
-    """Suites that are installed with peftkit, by name."""
+    """Suites that come with peftkit, by name: inside the installed package, or beside it in a checkout."""
     from importlib.util import find_spec
 
-    try:
-        spec = find_spec("peftkit_bench.suites")
-    except ModuleNotFoundError:
-        spec = None
-    folders = spec.submodule_search_locations if spec is not None else None
-    return {path.stem: path for folder in folders or () for path in sorted(Path(folder).glob("*.yaml"))}
+    spec = find_spec("peftkit_bench")
+    for package in (spec.submodule_search_locations if spec is not None else None) or ():
+        for folder in (Path(package) / "suites", Path(package).parent / "suites"):
+            found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+            if found:
+                return found
+    return {}
 
 
 def _bench_module(name: str) -> Any:
@@ -403,7 +404,7 @@ def _bench_module(name: str) -> Any:
         if not (error.name or "").startswith("peftkit_bench"):
             raise
         raise ConfigError(
-            f"{error.name} is not installed, which `peftkit bench` needs; install peftkit from a wheel or with make venv"
+            f"{error.name} is not installed, which `peftkit bench` needs; install peftkit's wheel or use make venv"
         ) from None
 
 

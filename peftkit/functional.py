@@ -94,7 +94,13 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def low_rank_gradients(
-    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, needed: tuple[bool, ...]
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    needed: tuple[bool, ...],
+    onto: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of scale * up @ down @ x for x, down and up.
 
@@ -102,13 +108,20 @@ def low_rank_gradients(
         grad: (rows, out).
         x: (rows, in).
         needed: which of the three are wanted.
+        onto: (rows, in), what the gradient for x is added to, in place.
     """
     grad = grad.to(x.dtype)
     cast_down, cast_up = down.to(x.dtype), up.to(x.dtype)
-    back = scale * (grad @ cast_up) if needed[0] or needed[1] else None
-    grad_x = back @ cast_down if needed[0] and back is not None else None
-    grad_down = (back.t() @ x).to(down.dtype) if needed[1] and back is not None else None
-    grad_up = (scale * (grad.t() @ F.linear(x, cast_down))).to(up.dtype) if needed[2] else None
+    grad_x = grad_down = grad_up = None
+    if needed[0] or needed[1]:
+        back = grad @ cast_up
+        if needed[0]:
+            grad_x = scale * (back @ cast_down) if onto is None else onto.addmm_(back, cast_down, alpha=scale)
+        if needed[1]:
+            grad_down = (back.t() @ x).mul_(scale).to(down.dtype)
+    if needed[2]:
+        # (r, out) and turned: the product with the long side last is the faster one.
+        grad_up = (F.linear(x, cast_down).t() @ grad).mul_(scale).t().to(up.dtype)
     return grad_x, grad_down, grad_up
 
 
@@ -127,16 +140,10 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, down, up = ctx.saved_tensors
         grad = _rows(grads[0])
-        rows = _rows(x)
-        cast_down, cast_up = down.to(x.dtype), up.to(x.dtype)
-        back = grad @ cast_up
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.addmm(grad @ weight, back, cast_down, alpha=ctx.scale).view(x.shape)
-        grad_down = (back.t() @ rows).mul_(ctx.scale).to(down.dtype) if ctx.needs_input_grad[3] else None
-        grad_up = None
-        if ctx.needs_input_grad[4]:
-            grad_up = (grad.t() @ F.linear(rows, cast_down)).mul_(ctx.scale).to(up.dtype)
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+        onto = grad @ weight if needed[0] else None
+        grad_x, grad_down, grad_up = low_rank_gradients(grad, _rows(x), down, up, ctx.scale, needed, onto)
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
         return grad_x, None, None, grad_down, grad_up, None
 
 
@@ -151,6 +158,72 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
         up: (out, r).
     """
     out: Tensor = _LoraLinear.apply(x, weight, bias, down, up, scale)
+    return out
+
+
+class _DoraLinear(torch.autograd.Function):
+    """A frozen linear layer, its low-rank update and the scale of its rows as one step of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        magnitude: Tensor,
+        factors: Tensor,
+        scale: float,
+    ) -> Tensor:
+        out = _add_low_rank_(F.linear(x, weight), x, down, up, scale).mul_(factors.to(x.dtype))
+        if bias is not None:
+            out.add_(bias)
+        ctx.save_for_backward(x, weight, bias, down, up, magnitude, factors, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, bias, down, up, magnitude, factors, out = ctx.saved_tensors
+        grad = _rows(grads[0])
+        grad_magnitude = None
+        if ctx.needs_input_grad[5]:
+            # The output is magnitude * direction, so direction comes from it and needs no copy of its own.
+            turned = _rows(out) if bias is None else _rows(out) - bias
+            total = (grad * turned).sum(0, dtype=magnitude.dtype)
+            grad_magnitude = torch.where(magnitude == 0, 0, total / magnitude)
+        grad = grad * factors.to(grad.dtype)
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+        onto = grad @ weight if needed[0] else None
+        grad_x, grad_down, grad_up = low_rank_gradients(grad, _rows(x), down, up, ctx.scale, needed, onto)
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        return grad_x, None, None, grad_down, grad_up, grad_magnitude, None, None
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    magnitude: Tensor,
+    factors: Tensor,
+    scale: float,
+) -> Tensor:
+    """factors * (weight @ x + scale * up @ down @ x) + bias, keeping x and the output for the backward pass.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen.
+        bias: (out,) or None, frozen.
+        down: (r, in).
+        up: (out, r).
+        magnitude: (out,); its gradient is that of factors = magnitude / norm with the norm held fixed, and 0 where
+            the magnitude is exactly 0.
+        factors: (out,), magnitude / norm.
+    """
+    out: Tensor = _DoraLinear.apply(x, weight, bias, down, up, magnitude, factors, scale)
     return out
 
 
@@ -195,7 +268,11 @@ class Derived:
             dtype: the dtype that `make` produces.
             sources: the tensors that `make` reads.
         """
-        if torch.compiler.is_compiling() or training or torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return make()
+        if training or torch.is_grad_enabled():
+            # What trains may write through `.data`, which no version counter sees.
+            self.key = self.value = None
             return make()
         key = (dtype, *[(t.data_ptr(), t._version, t.dtype) for t in sources])
         if key != self.key:
@@ -211,16 +288,16 @@ class Derived:
         return Derived, ()
 
 
-def kept_rows(like: Tensor, rank_dropout: float, module_dropout: float, rescale: bool) -> Tensor:
-    """Factors that drop rows of an update, and at times all of it, (out,); tensors only, so that it compiles.
+def kept_rows(rows: int, like: Tensor, rank_dropout: float, module_dropout: float, rescale: bool) -> Tensor:
+    """Factors that drop rows of an update, and at times all of it, (rows,); tensors only, so that it compiles.
 
     Args:
-        like: (out, ...), gives the number of rows, device and dtype.
+        like: gives device and dtype.
         rank_dropout: probability of dropping a row.
         module_dropout: probability of dropping every row.
         rescale: divide by the share of rows that were kept.
     """
-    kept = (torch.rand(like.shape[0], device=like.device) >= rank_dropout).to(like.dtype)
+    kept = (torch.rand(rows, device=like.device) >= rank_dropout).to(like.dtype)
     if rescale:
-        kept = kept / kept.mean().clamp_min(1 / like.shape[0])
+        kept = kept / kept.mean().clamp_min(1 / rows)
     return kept * (torch.rand((), device=like.device) >= module_dropout).to(like.dtype)

@@ -13,7 +13,7 @@ from peftkit import targets
 from peftkit.errors import MergeError, StateError
 from peftkit.quantization import BaseWeights, weights_of
 from peftkit.spec import Adapter
-from peftkit.wrap import CHILD, Record, check_known, detach_code, record_of, restore, sites_of, unwrap
+from peftkit.wrap import CHILD, Record, check_classes, check_known, detach_code, record_of, restore, sites_of, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -96,6 +96,7 @@ def merge(model: nn.Module, *names: str) -> MergeReport:
         StateError: the model is not wrapped, something is merged already, or no adapter is active.
         MergeError: an adapter cannot be merged, a weight is tied to another module, or a value is not finite.
             The model is as it was.
+        TrainingError: an adapter was trained without what its method needs.
     """
     record = record_of(model)
     if record.merged:
@@ -112,13 +113,15 @@ def merge(model: nn.Module, *names: str) -> MergeReport:
                 f"{method.name} (adapter {name!r}) cannot be merged: it is no change of weights; "
                 "use the wrapped model as it is"
             )
+    check_classes(model)
     work = _work(model, chosen)
     _refuse_tied(model, work)
     record.merged = tuple(chosen)
     sites: list[SiteMerge] = []
+    kept: dict[int, Tensor] = {}
     try:
         for path, module, adapters in work:
-            sites += _merge_site(record, path, module, adapters)
+            sites += _merge_site(record, path, module, adapters, kept)
     except BaseException:
         restore(model)
         raise
@@ -155,6 +158,8 @@ def _work(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module
     for path, module in sites_of(model):
         children: Any = module._modules[CHILD]
         adapters = [children[n] for n in names if n in children]
+        for adapter in adapters:
+            adapter.check_trained()
         adapters = [a for a in adapters if a.advises or a.replaces]
         if adapters:
             found.append((path, module, adapters))
@@ -185,7 +190,10 @@ def _refuse_tied(model: nn.Module, work: list[tuple[str, nn.Module, list[Adapter
                 )
 
 
-def _merge_site(record: Record, path: str, module: nn.Module, adapters: list[Adapter]) -> list[SiteMerge]:
+def _merge_site(
+    record: Record, path: str, module: nn.Module, adapters: list[Adapter], kept: dict[int, Tensor]
+) -> list[SiteMerge]:
+    """Merges one module; `kept` holds what was backed up so far, so that a tied parameter is kept as it was at first."""
     weights = weights_of(module)
     before = weights.read()
     meant = dict(before)
@@ -202,7 +210,11 @@ def _merge_site(record: Record, path: str, module: nn.Module, adapters: list[Ada
                     "Check the adapter for a diverged training run"
                 )
     stored = weights.stored()
-    record.backups[path] = {name: stored[name].clone() for name in changed}
+    for name in changed:
+        identity = id(module._parameters.get(name))
+        if identity not in kept:
+            kept[identity] = stored[name].clone()
+        record.backups.setdefault(path, {})[name] = kept[identity]
     weights.write(changed)
     return [_measured(path, name, weights, before[name], value) for name, value in changed.items()]
 

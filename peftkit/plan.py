@@ -124,7 +124,11 @@ def _notes(
         if backbones.family(model) is None:
             yield f"no slots are known for {type(model).__name__}: every Linear but the output head is a target"
         else:
-            yield f"targets by default: {', '.join(method.default_targets)}"
+            slots = {p for slot in method.default_targets for p in backbones.slot_paths(model, slot)}
+            paths = [site.path for site in sites]
+            # A config can move a method away from the slots that it declares, as an adapter's placement does.
+            suffixes = targets.shortest_suffixes(paths, [n for n, _ in targets.modules(model)])
+            yield f"targets by default: {', '.join(method.default_targets if slots.issuperset(paths) else suffixes)}"
     if config.modules_to_save is None and extras:
         names = sorted({s.path.split(".")[0] for s in extras})
         yield f"trained whole, as the task's new head: {', '.join(names)} (modules_to_save=() leaves it frozen)"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import math
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,8 +97,63 @@ def config(cls: type[C]) -> type[C]:
     return made
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | set | frozenset) else value
+@functools.cache
+def _annotations(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _plain(value: Any) -> Any:
+    """Lists, sets and ranges as tuples, mappings copied, so that a configuration shares nothing that can change."""
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(value, key=lambda v: (str(type(v)), str(v))))
+    if isinstance(value, list | range):
+        return tuple(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of an annotated type. True is no number, an int is a float, and a float must be finite."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return True
+    if wanted is None or wanted is types.NoneType:
+        return value is None
+    if origin is typing.Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in arguments)
+    if origin is tuple and arguments[-1:] == (...,):
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    if origin is tuple:
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(arguments)
+            and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
+        )
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        key, item = arguments
+        return isinstance(value, Mapping) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or wanted)
+
+
+def _described(wanted: Any) -> str:
+    """An annotated type as a person reads it in a message."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Literal:
+        return " or ".join(repr(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_described(a) for a in arguments)
+    if origin is tuple:
+        return "a list of " + " or ".join(_described(a) for a in arguments if a is not ...)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping of {_described(arguments[0])} to {_described(arguments[1])}"
+    if wanted is types.NoneType:
+        return "None"
+    return "finite float" if wanted is float else getattr(wanted, "__name__", str(wanted))
 
 
 @config
@@ -117,9 +175,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, list | set | frozenset):
-                object.__setattr__(self, f.name, tuple(sorted(value)) if not isinstance(value, list) else tuple(value))
+            value = _plain(getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
+            wanted = _annotations(type(self))[f.name]
+            if not _fits(value, wanted):
+                raise ConfigError(
+                    f"{type(self).__name__}: {f.name} must be {_described(wanted)}, "
+                    f"found {value!r:.200} ({type(value).__name__})"
+                )
         self.validate()
 
     def validate(self) -> None:
@@ -177,8 +240,12 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
-    def after_step(self) -> None:
-        """Called after each optimizer step that updates this adapter."""
+    def check_trained(self) -> None:
+        """Called before the adapter is saved or merged.
+
+        Raises:
+            TrainingError: its tensors were trained without what the method needs.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved of this adapter: its parameters and persistent buffers by name."""
@@ -190,6 +257,8 @@ class PeftFormat:
     """How Hugging Face peft stores the method's adapter folder."""
 
     peft_type: str
+    prefix: str = "base_model.model."
+    """What precedes the paths of modules trained whole; methods that peft keeps outside the model have "base_model."."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Tensor name in the adapter -> tensor name on disk, where they differ."""
     pack: Callable[[Any, State], dict[str, Tensor]] | None = None
@@ -248,6 +317,8 @@ class Method:
     """Exact trainable parameters of what is shared."""
     initialise_shared: Callable[[Adapter, nn.Module, Sequence[Site], Any], None] | None = None
     """(shared, model, sites, config): fills the shared tensors."""
+    stored: Callable[[Any, Mapping[str, Adapter]], tuple[Any, State]] | None = None
+    """(config, adapters by site path) -> config and tensors to save, where training changed them; None: as attached."""
     mergeable: bool = True
     starts_as_identity: bool = True
     quantized_base: bool = False

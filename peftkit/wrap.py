@@ -7,6 +7,7 @@ whose forward runs the active adapters around the original forward. Adapters liv
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,6 +113,10 @@ def adapted(cls: Any, replaced: frozenset[str], advised: bool, root: bool) -> ty
     if advised:
         body["forward"] = forward
     body.update({name: _reader(name) for name in replaced})
+    if issubclass(cls, nn.Sequential):
+        # Such a module calls all its children in turn; the one that holds adapters is none of them.
+        body["__iter__"] = lambda self: (m for n, m in self._modules.items() if n != CHILD)
+        body["__len__"] = lambda self: len(self._modules) - (CHILD in self._modules)
     if root:
         for name, method in ROOT_METHODS.items():
             if hasattr(cls, name):
@@ -133,11 +138,31 @@ def _rebuild(cls: type[nn.Module], replaced: frozenset[str], advised: bool, root
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Changes the module's class, and what accelerate's hooks remember of its forward."""
+    """Changes the module's class, and the bound forwards that accelerate's hooks leave on the instance."""
+    current = type(module)
+    if current is cls or (_class_grew(module) and issubclass(current, cls) and "_peftkit_original" in cls.__dict__):
+        return
+    for key in ("_old_forward", "forward"):
+        bound = module.__dict__.get(key)
+        if isinstance(bound, types.MethodType) and bound.__func__ is current.forward:
+            module.__dict__[key] = types.MethodType(cls.forward, module)
     module.__class__ = cls
-    old = module.__dict__.get("_old_forward")
-    if isinstance(old, types.MethodType):
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def _class_grew(module: nn.Module) -> bool:
+    """Whether something derived another class from the adapted one after wrapping, as fully_shard does."""
+    return "_peftkit_original" not in type(module).__dict__ and hasattr(type(module), "_peftkit_original")
+
+
+def check_classes(model: nn.Module) -> None:
+    """Raises StateError when the original classes cannot be put back."""
+    for path, module in (("", model), *sites_of(model)):
+        if _class_grew(module):
+            raise StateError(
+                f"{path or 'the model'} became a {type(module).__name__} after it was wrapped (fully_shard and "
+                "parametrizations do this), so its class cannot be put back; save the adapter and load it into a model "
+                "without that"
+            )
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -217,7 +242,7 @@ def wrap(
 
 def check_name(name: str) -> None:
     """Raises ConfigError when the name cannot be that of an adapter."""
-    if not name or "." in name or "/" in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
         raise ConfigError(f"{name!r} cannot be an adapter's name: use letters, digits, '-' and '_'")
 
 
@@ -236,6 +261,7 @@ def attach(
         state: tensors to fill the adapters with instead of a fresh initialisation.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    _refuse_sharded(model)
     if state is None:
         pending = _build(modules, planned, dtype, None)
     else:
@@ -273,7 +299,7 @@ def _build(
                 f"{site.path or 'the model'} is a target twice: as {occupied[site.path]} and as {site.role}"
             )
         occupied[site.path] = site.role
-        if "forward" in modules[site.path].__dict__ and "_old_forward" not in modules[site.path].__dict__:
+        if not _forward_is_of_class(modules[site.path]):
             raise TargetError(
                 f"{site.path}.forward was replaced on the instance; adapters go around a class's forward only"
             )
@@ -293,19 +319,50 @@ def _build(
         if site.role == "extra":
             whole = WholeModule(site.parameters)
             _place(whole, module, None)
-            whole.copy_from(module)
+            with onloaded(module):
+                whole.copy_from(module)
             adapter: Adapter = whole
         else:
             adapter = method.adapter(site, config, shared)
             _place(adapter, module, dtype)
             if not _on_meta(adapter):
-                method.initialise(adapter, module, site, config)
+                with onloaded(module):
+                    method.initialise(adapter, module, site, config)
         if state is not None:
             fill(adapter, state.get(site.path, {}))
         if site.parameters:
             _share_tied(adapter, module, copies)
         pending.append((site.path, adapter))
     return pending
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Inside the block, weights that accelerate keeps elsewhere between two forwards are in the module."""
+    if not getattr(module.__dict__.get("_hf_hook"), "offload", False):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raises StateError when parameters are sharded: adapters attached now would be trained apart on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.tensor import DTensor
+
+    name = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if name is not None:
+        raise StateError(f"{name} is sharded already; wrap the model (or load the adapter) before fully_shard")
+
+
+def _forward_is_of_class(module: nn.Module) -> bool:
+    """Whether the instance runs its class's forward, around accelerate's hooks if there are any."""
+    own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    return own is None or isinstance(own, types.MethodType) and own.__func__ is type(module).forward
 
 
 def _on_meta(adapter: Adapter) -> bool:
@@ -393,8 +450,8 @@ def activate(model: nn.Module, *names: str) -> None:
         _refresh(model, module, names)
         for name, adapter in module._modules[CHILD].items():  # type: ignore[union-attr, operator]
             train = name in names and name not in record.frozen
-            for key, parameter in adapter._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
+            for key, parameter in adapter.named_parameters():
+                if parameter.is_floating_point():
                     parameter.requires_grad_(train and key not in adapter.untrained)
 
 
@@ -409,13 +466,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if record.merged:
         raise StateError(f"{', '.join(record.merged)} is merged into the weights; call peftkit.unmerge(model) first")
     held = [(module, module.__dict__["_peftkit_active"]) for _, module in sites_of(model)]
+    was = record.active
     try:
         for module, _ in held:
             module.__dict__["_peftkit_active"] = ()
         yield
     finally:
-        for module, active in held:
-            if "_peftkit_active" in module.__dict__:
+        # A verb called inside the block has decided anew what is active.
+        if model.__dict__.get("_peftkit") is record and record.active is was:
+            for module, active in held:
                 module.__dict__["_peftkit_active"] = active
 
 
@@ -431,6 +490,7 @@ def unwrap(model: M, name: str | None = None) -> M:
     record = record_of(model)
     if name is not None:
         check_known(record, name)
+    check_classes(model)
     restore(model)
     for _, module in list(sites_of(model)):
         children = module._modules[CHILD]

@@ -8,12 +8,42 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from peftkit.errors import ConfigError
-from peftkit.methods import bitfit, full, head, layernorm, lora
+from peftkit.methods import (
+    adalora,
+    bitfit,
+    bottleneck,
+    compacter,
+    full,
+    head,
+    ia3,
+    layernorm,
+    loha,
+    lokr,
+    lora,
+    loreft,
+    oft,
+    prefix,
+    prompt,
+    ptuning,
+    vera,
+)
 from peftkit.spec import Method
 
 ENTRY_POINTS = "peftkit.methods"
 BUILT_IN: tuple[Method, ...] = (
     lora.METHOD,
+    adalora.METHOD,
+    vera.METHOD,
+    loha.METHOD,
+    lokr.METHOD,
+    oft.METHOD,
+    ia3.METHOD,
+    bottleneck.METHOD,
+    compacter.METHOD,
+    loreft.METHOD,
+    prefix.METHOD,
+    prompt.METHOD,
+    ptuning.METHOD,
     bitfit.METHOD,
     layernorm.METHOD,
     full.METHOD,

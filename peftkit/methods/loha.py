@@ -35,6 +35,7 @@ class LoHa(Config):
     """Pattern for the end of a module path -> its alpha."""
 
     def validate(self) -> None:
+        """Raises ConfigError when a field is out of range."""
         self.require(self.r >= 1, f"r must be at least 1, found {self.r}")
         for name in ("rank_dropout", "module_dropout"):
             self.require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), found {getattr(self, name)}")
@@ -86,8 +87,8 @@ class LohaAdapter(Adapter):
         make = self._cast_factors if self.thin else self._cast_matrix
         derived = self._derived.get(self.training, dtype, self._factors(), lambda: make(dtype))
         if self.training and (self.rank_dropout or self.module_dropout):
-            kept = functional.kept_rows(out[..., :].transpose(0, -1), self.rank_dropout, self.module_dropout, True)
-            derived = (derived[0], derived[1] * kept[:, None]) if self.thin else derived * kept[:, None]
+            kept = functional.kept_rows(out.shape[-1], out, self.rank_dropout, self.module_dropout, True)[:, None]
+            derived = (derived[0], derived[1] * kept) if self.thin else derived * kept
         if self.thin:
             return functional.add_low_rank(out, x, derived[0], derived[1], self.scale)
         return out + F.linear(x, derived).to(out.dtype)

@@ -73,6 +73,16 @@ def _is_embedding(site: Site) -> bool:
     return site.role == "embedding"
 
 
+def _plain_linear(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias where a hand-written backward holds: directly around a frozen nn.Linear in the input's dtype."""
+    if type(call) is not functools.partial or call.func is not nn.Linear.forward or not functional.plain_gradients(x):
+        return None
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if weight is None or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return weight, bias
+
+
 class LoraAdapter(Adapter):
     """h = W x + scale * B A x, with A (r, in) and B (out, r)."""
 
@@ -100,15 +110,8 @@ class LoraAdapter(Adapter):
         down, up = self.factors()
         if self.dropout and self.training:
             out = functional.add_low_rank(call(x), F.dropout(x, self.dropout), down, up, self.scale)
-        elif (
-            type(call) is functools.partial
-            and call.func is nn.Linear.forward
-            and functional.plain_gradients(x)
-            and module._parameters["weight"].dtype == x.dtype  # type: ignore[union-attr]  # a Linear has one
-        ):
-            weight, bias = module._parameters["weight"], module._parameters["bias"]
-            assert weight is not None
-            out = functional.lora_linear(x, weight, bias, down, up, self.scale)
+        elif (plain := _plain_linear(module, call, x)) is not None:
+            out = functional.lora_linear(x, *plain, down, up, self.scale)
         else:
             out = functional.add_low_rank(call(x), x, down, up, self.scale)
         bias = self._parameters.get("lora_bias")
@@ -155,8 +158,7 @@ class DoraAdapter(LoraAdapter):
     def __init__(self, site: Site, cfg: LoRA) -> None:
         super().__init__(site, cfg)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(site.out_features))
-        self._squared: tuple[Any, Tensor] | None = None
-        self._cached: tuple[Any, Tensor] | None = None
+        self._squares, self._factors = functional.Derived(), functional.Derived()
 
     def _weight(self, module: nn.Module) -> Tensor:
         weight = module._parameters["weight"]
@@ -165,35 +167,35 @@ class DoraAdapter(LoraAdapter):
 
     def row_factors(self, module: nn.Module) -> Tensor:
         """m / ‖W + scale B A‖, (out,); remembered in evaluation as long as no tensor changes."""
-        down, up = self.factors()
         weight = self._weight(module)
-        compiling = torch.compiler.is_compiling()
-        remember = not (compiling or self.training or torch.is_grad_enabled())
-        if remember:
-            tensors = (weight, down, up, self.lora_magnitude_vector)
-            key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
-            if self._cached is not None and self._cached[0] == key:
-                return self._cached[1]
-        with torch.no_grad():
-            norms = functional.row_norms(weight, self._row_squares(weight), down, up, self.scale)
-        factors = self.lora_magnitude_vector / norms.to(self.lora_magnitude_vector.dtype)
-        if remember:
-            self._cached = (key, factors)
-        return factors
+        magnitude = self.lora_magnitude_vector
+
+        def make() -> Tensor:
+            # Under autocast the squares of the norm would be products of rounded factors.
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                norms = functional.row_norms(weight, self._row_squares(weight), *self.factors(), self.scale)
+            return magnitude / norms.to(magnitude.dtype)
+
+        sources = (weight, self.lora_A, self.lora_B, magnitude)
+        made: Tensor = self._factors.get(self.training, magnitude.dtype, sources, make)
+        return made
 
     def _row_squares(self, weight: Tensor) -> Tensor:
+        """‖W‖² by rows, (out,); the weight is frozen, so they are remembered in training too."""
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if torch.compiler.is_compiling():
-            return weight.to(wide).square().sum(1)
-        key = (weight.data_ptr(), weight._version, weight.dtype)
-        if self._squared is None or self._squared[0] != key:
-            self._squared = (key, weight.detach().to(wide).square().sum(1))
-        return self._squared[1]
+        with torch.no_grad():
+            made: Tensor = self._squares.get(False, wide, (weight,), lambda: weight.detach().to(wide).square().sum(1))
+        return made
 
     def forward(self, module: nn.Module, call: Callable[..., Any], x: Tensor) -> Tensor:
         """Args: x (..., in). Returns: (..., out)."""
         down, up = self.factors()
-        factors = self.row_factors(module).to(x.dtype)
+        factors = self.row_factors(module)
+        dropping = self.dropout and self.training
+        if not dropping and (plain := _plain_linear(module, call, x)) is not None:
+            magnitude = self.lora_magnitude_vector
+            return functional.dora_linear(x, *plain, down, up, magnitude, factors.detach(), self.scale)
+        factors = factors.to(x.dtype)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         out = functional.add_low_rank(call(x), dropped, down, up, self.scale)
         bias = module._parameters.get("bias")

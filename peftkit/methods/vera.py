@@ -35,6 +35,7 @@ class VeRA(Config):
     """Start the outer vector at zero; False: outer ones, inner normal noise."""
 
     def validate(self) -> None:
+        """Raises ConfigError when a field is out of range."""
         self.require(self.r >= 1, f"r must be at least 1, found {self.r}")
         self.require(0 <= self.vera_dropout < 1, f"vera_dropout must lie in [0, 1), found {self.vera_dropout}")
 
@@ -97,7 +98,7 @@ class VeraAdapter(Adapter):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or inner.dtype != out.dtype:
             update = F.linear(inner * inner_scale.to(inner.dtype), up) * outer_scale.to(out.dtype)
             return out + update.to(out.dtype)
-        return out.addcmul_(F.linear(inner.mul_(inner_scale.to(dtype)), up), outer_scale.to(dtype))
+        return out.addcmul_(F.linear(inner.mul_(inner_scale.to(dtype)), up), outer_scale.to(out.dtype))
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = W + diag(b) B diag(d) A."""
@@ -124,7 +125,7 @@ def build(site: Site, cfg: VeRA, shared: nn.Module | None) -> VeraAdapter:
 
 
 def _draw(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Uniform with variance 2 / columns: the paper's Kaiming start, drawn on the CPU so that a seed means one matrix."""
+    """Uniform with variance 2 / columns: the paper's Kaiming start, on the CPU so that a seed means one matrix."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
     return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
@@ -134,7 +135,7 @@ def initialise_shared(shared: Adapter, model: nn.Module, sites: Sequence[Site], 
     """Draws A, then B, from projection_prng_key."""
     generator = torch.Generator(device="cpu").manual_seed(cfg.projection_prng_key)
     for buffer in (shared.vera_A, shared.vera_B):
-        buffer.copy_(_draw(tuple(buffer.shape), generator))  # type: ignore[operator, arg-type, union-attr]  # a buffer
+        buffer.copy_(_draw(tuple(buffer.shape), generator))  # type: ignore[operator, arg-type]  # a buffer
 
 
 @torch.no_grad()
@@ -185,7 +186,5 @@ METHOD = Method(
     initialise_shared=initialise_shared,
     quantized_base=True,
     knob=Knob(field="r"),
-    peft=PeftFormat(
-        peft_type="VERA", pack=pack, unpack=unpack, ignored={"fan_in_fan_out": (), "bias": ("none",)}
-    ),
+    peft=PeftFormat(peft_type="VERA", pack=pack, unpack=unpack, ignored={"fan_in_fan_out": (), "bias": ("none",)}),
 )

@@ -39,6 +39,11 @@ def weights_of(module: nn.Module) -> BaseWeights:
         MergeError: the module stores its weight in a way that no backend here knows.
     """
     for parameter in module.parameters(recurse=False):
+        if parameter.is_meta:
+            raise MergeError(
+                f"a weight of {type(module).__name__} is on the meta device: offloaded, or never loaded; load the base "
+                "model without offloading to merge"
+            )
         if not parameter.is_floating_point():
             raise MergeError(
                 f"{type(module).__name__} stores its weight as {parameter.dtype}, which no backend of this version can "

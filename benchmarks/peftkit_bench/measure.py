@@ -1,0 +1,113 @@
+"""Time, peak memory, latency and size on disk, and how each is taken."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Stopwatch:
+    """Seconds that passed inside the `timed` block."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def timed() -> Iterator[Stopwatch]:
+    """Gives a stopwatch that holds the block's wall-clock time when the block ends."""
+    watch = Stopwatch()
+    synchronise()
+    start = time.perf_counter()
+    try:
+        yield watch
+    finally:
+        synchronise()
+        watch.seconds = time.perf_counter() - start
+
+
+def synchronise() -> None:
+    """Waits for the accelerator's queued work, if there is an accelerator."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Peak memory of this process between `start` and `peak_bytes`, over what it held when the object was made.
+
+    On an accelerator: the allocator's own peak. On Linux: the kernel's high-water mark of resident memory, reset at
+    `start`. Elsewhere: the high-water mark of the process's whole life, so the process should do nothing else.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.method = "peak of the CUDA allocator during training"
+            self._floor = torch.cuda.memory_allocated(device)
+        elif _CLEAR.exists():
+            self.method = (
+                "peak resident memory of a process of its own during training (the kernel's VmHWM, reset when training "
+                "starts), less what the process held before the backbone was loaded"
+            )
+            self._floor = _status_bytes("VmRSS")
+        else:
+            self.method = (
+                "peak resident memory of a process of its own (getrusage), less its peak before the backbone was loaded"
+            )
+            self._floor = _rusage_bytes()
+
+    def start(self) -> None:
+        """From here on peaks count."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif _CLEAR.exists():
+            _CLEAR.write_text("5")
+
+    def peak_bytes(self) -> int:
+        """The peak since `start`, over the floor."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._floor
+        return (_status_bytes("VmHWM") if _CLEAR.exists() else _rusage_bytes()) - self._floor
+
+
+def _status_bytes(name: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {name}")
+
+
+def _rusage_bytes() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def median_seconds(call: Callable[[], object], *, repeats: int, warmup: int) -> float:
+    """The median wall-clock time of one call, after calls that do not count."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeats):
+        with timed() as watch:
+            call()
+        times.append(watch.seconds)
+    return statistics.median(times)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
