@@ -65,7 +65,7 @@ echo "venv: on Debian, apt install python3 python3-venv; elsewhere, make venv PY
 exit 1
 endef
 
-demo: $(STAMP)  ## compare ten ways to fine-tune a real model on real text (about ten minutes on two cores)
+demo: $(STAMP)  ## compare ways to fine-tune a real model on real text; writes reports/quick/
 	@$(OFFLINE) $(PY) -m peftkit.cli bench run $(SUITE) --out $(REPORT)
 	@echo
 	@echo "The report:  $(REPORT)/index.html  (the same as text: $(REPORT)/report.md)"

@@ -35,6 +35,8 @@ _ABOUT = (
     "peftkit_method",
 )
 """Keys of adapter_config.json that say nothing about the maths."""
+PEFT_VERSION = "0.19.0"
+"""The version of peft whose formulas the written folders follow; some of its methods computed otherwise before."""
 OWN_PREFIX = "PEFTKIT_"
 """Marks the peft_type of methods that peft does not have."""
 
@@ -222,12 +224,17 @@ def written_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
     fields.update({k: {} for k in ("rank_pattern", "alpha_pattern") if k in fields and fields[k] is None})
     if planned.targets or config.target_modules is not None:
         fields["target_modules"] = sorted(planned.targets)
-        fields["exclude_modules"] = fields["layers_to_transform"] = fields["layers_pattern"] = None
+        # The targets are written out, and some of peft's config classes do not know these fields.
+        for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            del fields[key]
     fields["modules_to_save"] = sorted(targets.extra_paths(model, config)) or None
     fields["task_type"] = config.task_type or backbones.task_type(model)
     fields["peft_type"] = _kind(method)
+    fields["peft_version"] = PEFT_VERSION
     fields["base_model_name_or_path"] = backbones.name_of(model)
     fields["inference_mode"] = True
+    if method.peft and "fan_in_fan_out" in method.peft.ignored:
+        fields["fan_in_fan_out"] = any(site.kind == "Conv1D" for site in planned.sites)
     if method.peft and method.peft.write_config is not None:
         fields = method.peft.write_config(planned, fields)
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in sorted(fields.items())}
@@ -385,9 +392,9 @@ def _provenance(source: Path) -> dict[str, Any]:
 
 def _check_base(model: nn.Module, planned: Plan, provenance: Mapping[str, Any], source: Path) -> None:
     base = provenance.get("base")
-    stored = base.get("tensors") if isinstance(base, dict) else None
-    if stored is None:
+    if base is None:
         return
+    stored = base.get("tensors") if isinstance(base, dict) else None
     if not isinstance(stored, dict) or not all(isinstance(v, dict) for v in stored.values()):
         raise CheckpointError(f"{source / folder.PROVENANCE}: base.tensors is not an object of digests; get the file again")
     backups = record_of(model).backups if is_wrapped(model) else {}

@@ -180,10 +180,7 @@ def plan(
     cls = METHODS[method].config
     fields = parse_options(option or ())
     skeleton = load_skeleton(model, task, labels)
-    if budget is None:
-        config = _build(cls.__name__, lambda: cls(**fields))
-    else:
-        config = _build(cls.__name__, lambda: fit_budget(skeleton, method, parameters=budget, **fields))
+    config = cls(**fields) if budget is None else fit_budget(skeleton, method, parameters=budget, **fields)
     found = make_plan(skeleton, config)
     if as_json:
         print(json.dumps(_plan_facts(found), indent=2, default=str))
@@ -193,18 +190,6 @@ def plan(
         chosen = f"{knob.field}={getattr(config, knob.field)}" if knob else "no size to choose"
         print(f"budget {budget:,}: {chosen}, {budget - found.trainable:,} parameters left over\n")
     print(found)
-
-
-def _build(name: str, make: Callable[[], Any]) -> Any:
-    """The config, with a value of a wrong type reported as such."""
-    try:
-        return make()
-    except PeftkitError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{name} cannot be made from these options: {error}; check the values given with -o"
-        ) from None
 
 
 def _plan_facts(found: Plan) -> dict[str, Any]:

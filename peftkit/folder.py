@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import ctypes.util
 import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,16 +38,27 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, which no adapter config has; it was not read")
-        found = json.loads(path.read_bytes())
+        status = path.stat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_CONFIG else None
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; expected an adapter folder with {CONFIG} and {WEIGHTS}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if content is None:
+        raise CheckpointError(
+            f"{path} is no regular file of at most {LARGEST_CONFIG:,} bytes, as every adapter config is; it was not read"
+        )
+    try:
+        found = json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, expected an object of config fields")
     return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -93,12 +104,25 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
         if folder.is_dir():
             _link_foreign(folder, fresh, {WEIGHTS, *files})
         _sync(fresh)
+        inside = _working_directory_below(folder)
         _put_in_place(fresh, folder)
+        if inside is not None:
+            os.chdir(inside)
         _sync(folder.parent)
-    except OSError as error:
-        raise CheckpointError(f"{folder} could not be written: {error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        hint = "; it is a mount point, save into a subfolder of it" if os.path.ismount(folder) else ""
+        raise CheckpointError(f"{folder} could not be written, and is as it was: {error}{hint}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _working_directory_below(folder: Path) -> Path | None:
+    """The working directory if it is the folder or lies in it: after a swap it would be the one that is removed."""
+    with contextlib.suppress(OSError):
+        here = Path.cwd()
+        if here.is_relative_to(folder):
+            return here
+    return None
 
 
 def _sync(path: Path) -> None:
@@ -142,10 +166,9 @@ def _put_in_place(fresh: Path, folder: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Swaps two folders in one step; False where the system cannot."""
-    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
     try:
-        rename = libc.renameat2
-    except AttributeError:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, TypeError):  # another C library, or another system
         return False
     if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
@@ -167,7 +190,7 @@ def located(path: str | os.PathLike[str], name: str) -> Path:
         CheckpointError: neither exists.
     """
     root = Path(path)
-    candidates = (root, root / name, previous_of(root))
+    candidates = (root, root / name, previous_of(root), previous_of(root / name))
     for folder in candidates:
         if (folder / CONFIG).is_file():
             return folder

@@ -40,7 +40,7 @@ class Stepped(Adapter):
         _watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
         _watch(self)
 
     def stepped(self) -> Iterator[tuple[str, nn.Parameter]]:

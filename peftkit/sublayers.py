@@ -131,7 +131,9 @@ def _pair(hidden_states: Tensor, input_tensor: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_states, input_tensor
 
 
-def sublayer_sites(model: nn.Module, method: Method, cfg: Config, placement: Placement) -> list[Site]:
+def sublayer_sites(
+    model: nn.Module, method: Method, cfg: Config, placement: Placement, *, with_norms: bool = False
+) -> list[Site]:
     """The places that a placement names, narrowed by the config; `role` says how the adapter joins.
 
     houlsby: the output projection of every attention and of the feed-forward, before residual sum and norm.
@@ -140,6 +142,9 @@ def sublayer_sites(model: nn.Module, method: Method, cfg: Config, placement: Pla
 
     A projection that `target_modules` names elsewhere gets an adapter on its output, or beside it when parallel. On an
     architecture that is not in the table, every Linear but the output head is such a projection.
+
+    Args:
+        with_norms: `norm_sites` adds the norms, so that target_modules may name them besides.
 
     Raises:
         TargetError: a pattern matches nothing, selects a module that no adapter can join, or nothing is left.
@@ -155,7 +160,7 @@ def sublayer_sites(model: nn.Module, method: Method, cfg: Config, placement: Pla
     extras = targets.extra_paths(model, cfg)
     chosen = [p for p in targets.narrow(model, cfg, start) if not targets.inside(p, extras)]
     inputs = _inputs(model, [p for p in chosen if roles.get(p) == "joined"])
-    follow = set(inputs) | (set(backbones.slot_paths(model, "norm")) - set(roles) if known else set())
+    follow = set(inputs) | (set(backbones.slot_paths(model, "norm")) if with_norms and known else set())
     wrong = [p for p in chosen if p not in roles and p not in follow and not is_weight_module(everything[p])]
     if wrong and not isinstance(cfg.target_modules, str):
         raise TargetError(

@@ -201,6 +201,12 @@ def test_adalora_follows_the_paper_step_by_step(delta: int) -> None:
             torch.testing.assert_close(own.lora_E[:, 0], site["E"], rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(own.lora_A, site["Q"], rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(own.lora_B, site["P"], rtol=1e-9, atol=1e-12)
+            if step < 8:
+                smooth, unsure = paper.smooth[name], paper.unsure[name]
+                torch.testing.assert_close(own.sensitivity_lora_E[:, 0], smooth["E"], rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(own.uncertainty_lora_E[:, 0], unsure["E"], rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(own.uncertainty_lora_B, unsure["P"], rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(own.uncertainty_lora_A, unsure["Q"], rtol=1e-9, atol=1e-12)
     kept = [int((model.get_submodule(f"{n}.peftkit.default").lora_E != 0).sum()) for n in paper.sites]
     assert sum(kept) == 4
     assert kept[0] != kept[1], "the case is too easy: an allocation site by site would pass"

@@ -132,7 +132,7 @@ def test_plan_builds_the_model_without_memory_for_weights(tmp_path):
         (("-o", "rank=4"), "LoRA has no field 'rank'"),
         (("-o", "r"), "-o r: expected KEY=VALUE, such as -o r=16"),
         (("-o", "r=4", "-o", "r=8"), "r is given twice"),
-        (("-o", "r=sixteen"), "LoRA"),
+        (("-o", "r=sixteen"), "r must be int, found 'sixteen'"),
         (("-o", "r=[1"), "is not a YAML value"),
         (("-o", "target_modules=[qurey]"), "'qurey' matches no module; did you mean 'query'"),
         (("--task", "causal-lm", "--labels", "0", "-o", "r=0"), "r must be at least 1, found 0"),

@@ -344,6 +344,8 @@ def test_sublayer_targets_narrow_the_placement() -> None:
 def test_sublayer_targets_refuse_a_module_that_no_adapter_can_join() -> None:
     with pytest.raises(TargetError, match=r"bottleneck with placement='houlsby' .*selects model.layers.0.self_attn"):
         peftkit.plan(backbone("llama"), peftkit.BottleneckAdapter(target_modules=["self_attn"]))
+    with pytest.raises(TargetError, match=r"selects bert.encoder.layer.0.attention.output.LayerNorm \(LayerNorm\)"):
+        peftkit.plan(backbone("bert"), peftkit.BottleneckAdapter(target_modules=["output.dense", "LayerNorm"]))
     with pytest.raises(TargetError, match="modules_to_save leave no place"):
         peftkit.plan(backbone("llama"), peftkit.BottleneckAdapter(exclude_modules=["o_proj", "down_proj"]))
 
@@ -612,7 +614,7 @@ def test_loreft_reads_positions(positions: str, numbers: tuple[int, int]) -> Non
 def test_loreft_refuses_what_it_cannot_attach_to() -> None:
     with pytest.raises(TargetError, match=r"loreft attaches to blocks .* selects model.layers.0.mlp"):
         peftkit.plan(backbone("llama"), peftkit.LoReFT(target_modules=["mlp"]))
-    with pytest.raises(ConfigError, match="low_rank_dimension=33 is over the width 32 at model.layers.0"):
+    with pytest.raises(ConfigError, match=r"low_rank_dimension=33 is over the width 32 at model.layers.0"):
         peftkit.plan(backbone("llama"), peftkit.LoReFT(low_rank_dimension=33))
 
 
@@ -858,3 +860,20 @@ def test_plain_module_gets_adapters_on_its_projections(cfg: Any) -> None:
     assert torch.equal(model(x), before)
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_parallel_model_copies_after_a_forward_that_broke_off() -> None:
+    model = wrapped("bart", "parallel")
+
+    def fail(module: nn.Module, args: Any, out: Any) -> None:
+        raise RuntimeError("broken off")
+
+    handle = model.get_submodule("model.encoder.layers.0.fc1").register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="broken off"):
+        logits("bart", model)
+    handle.remove()
+    assert model.get_submodule("peftkit.default").held
+    assert copy.deepcopy(model).get_submodule("peftkit.default").held == {}
+    with torch.no_grad():
+        expected = logits("bart", wrapped("bart", "parallel"))
+        assert torch.equal(logits("bart", model), expected)

@@ -340,6 +340,10 @@ def test_derived_is_computed_again_only_when_a_source_changes() -> None:
         assert len(calls) == 3
     derived.get(False, torch.float32, (source,), make)
     assert len(calls) == 4
+    assert derived.key is None
+    with torch.no_grad():
+        derived.get(False, torch.float32, (source,), make)
+    assert derived.key is not None
     assert copy.deepcopy(derived).key is None
     assert pickle.loads(pickle.dumps(derived)).value is None
 
@@ -403,6 +407,10 @@ def test_autocast_agrees_with_full_precision(case: str) -> None:
             found = model(x)
         assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
         assert torch.equal(model(x), expected)
+        fresh = copy.deepcopy(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            fresh(x)
+        torch.testing.assert_close(fresh(x), expected, rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert (model.train()(x).float() - expected).abs().max() < 0.05 * expected.abs().max()
 

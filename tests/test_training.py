@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,8 @@ pytestmark = [
 ADALORA = peftkit.AdaLoRA(init_r=4, target_r=2, tinit=2, tfinal=2, target_modules=("query", "value"))
 CONFIGS = {
     "lora": peftkit.LoRA(r=2, lora_dropout=0.1),
-    "dora": peftkit.LoRA(r=2, use_dora=True),
     "adalora": ADALORA,
     "prefix": peftkit.METHODS["prefix"].config(num_virtual_tokens=3),
-    "bitfit": peftkit.BitFit(),
 }
 
 
@@ -74,10 +73,10 @@ def arguments(folder: Path, **fields: Any) -> TrainingArguments:
     return TrainingArguments(
         **{
             "output_dir": str(folder),
-            "max_steps": 10,
-            "per_device_train_batch_size": 4,
+            "max_steps": 8,
+            "per_device_train_batch_size": 8,
             "learning_rate": 1e-2,
-            "save_steps": 5,
+            "save_steps": 4,
             "report_to": [],
             "disable_tqdm": True,
             "use_cpu": True,
@@ -122,7 +121,7 @@ def test_trainer_resumes_to_the_same_weights(method: str, tmp_path: Path, caplog
     before = model_with(CONFIGS[method])
     assert any("peftkit" in key for key in differing(whole, before))
     with pytest.raises(KeyboardInterrupt):
-        trainer(before, tmp_path / "cut", [StopAt(5)]).train()
+        trainer(before, tmp_path / "cut", [StopAt(4)]).train()
     resumed = model_with(CONFIGS[method])
     caplog.clear()
     trainer(resumed, tmp_path / "cut").train(resume_from_checkpoint=True)
@@ -137,7 +136,7 @@ def test_trainer_checkpoint_holds_the_adapters_and_nothing_of_the_base(method: s
     trainer(model, tmp_path, max_steps=5).train() if method != "adalora" else trainer(
         model, tmp_path, max_steps=6
     ).train()
-    folder = next(tmp_path.glob("checkpoint-5"))
+    folder = next(tmp_path.glob("checkpoint-4"))
     held = safetensors.torch.load_file(folder / "model.safetensors")
     assert held
     assert set(held) == {k for k in model.state_dict() if "peftkit" in k.split(".")}
@@ -145,8 +144,10 @@ def test_trainer_checkpoint_holds_the_adapters_and_nothing_of_the_base(method: s
     assert sum(t.numel() for t in held.values()) < base / 2
     assert not any(n.name.startswith("pytorch_model") for n in folder.iterdir())
     again = peftkit.load(model_with(None), folder)
-    if method != "adalora":
-        torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
+    own = model_with(CONFIGS[method])
+    own.load_state_dict(held, strict=False)
+    torch.testing.assert_close(logits(again), logits(own), rtol=0, atol=1e-6)
+    assert (logits(again) - logits(model_with(CONFIGS[method]))).abs().max() > 1e-5
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -160,11 +161,11 @@ def test_trainer_prunes_adalora_and_saves_what_is_left(tmp_path: Path) -> None:
     run = trainer(model, tmp_path)
     run.train()
     allocator = model.get_submodule("peftkit.default")
-    assert (allocator.steps, allocator.final, allocator.live()) == (10, True, 8)
+    assert (allocator.steps, allocator.final, allocator.live()) == (8, True, 8)
     run.save_model(tmp_path / "final")
     again = peftkit.load(model_with(None), tmp_path / "final")
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
-    assert json.loads((tmp_path / "final" / "adapter_config.json").read_text())["total_step"] == 10
+    assert json.loads((tmp_path / "final" / "adapter_config.json").read_text())["total_step"] == 8
 
 
 def test_trainer_drives_adalora_through_accumulation_warmup_clipping_and_bf16(tmp_path: Path) -> None:
@@ -183,11 +184,11 @@ def test_trainer_drives_adalora_through_accumulation_warmup_clipping_and_bf16(tm
         warmup_steps=3,
         max_grad_norm=0.5,
         bf16=True,
-        max_steps=30,
-        logging_steps=10,
+        max_steps=16,
+        logging_steps=8,
     ).train()
     allocator = model.get_submodule("peftkit.default")
-    assert (allocator.steps, allocator.final, allocator.live()) == (30, True, 8)
+    assert (allocator.steps, allocator.final, allocator.live()) == (16, True, 8)
     assert losses[-1] < losses[0]
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -281,24 +282,22 @@ def test_own_trainer_trains_adapters_on_a_quantized_base(tmp_path: Path) -> None
 
 def test_trainer_refuses_a_schedule_longer_than_the_training(tmp_path: Path) -> None:
     model = model_with(peftkit.AdaLoRA(total_step=50))
-    with pytest.raises(TrainingError, match="final after 50 optimizer steps, but training ends after 10"):
+    with pytest.raises(TrainingError, match="final after 50 optimizer steps, but training ends after 8"):
         trainer(model, tmp_path).train()
 
 
 def test_trainer_end_is_an_error_when_the_optimizer_bypassed_the_hooks(tmp_path: Path) -> None:
     model = model_with(ADALORA)
     run = trainer(model, tmp_path, max_steps=6, save_strategy="no")
-    run.create_optimizer()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
-    class Bypass(torch.optim.SGD):
-        """An optimizer whose step torch does not see."""
+    def foreign(self: torch.optim.Optimizer, closure: Any = None) -> None:
+        """What an engine with kernels of its own does: torch sees no step."""
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(parameter.grad, alpha=0.1)
 
-        def step(self, closure: Any = None) -> None:
-            torch.optim.SGD.step.__wrapped__(self)
-
-    # Subclasses are hooked when they are first made; what a foreign engine does is undone here by hand.
-    optimizer = Bypass([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    Bypass.step = Bypass.step.__wrapped__
+    optimizer.step = types.MethodType(foreign, optimizer)
     run.optimizer = optimizer
     with pytest.raises(TrainingError, match="budget was never updated: 0 optimizer steps were seen"):
         run.train()
@@ -319,7 +318,7 @@ def test_training_of_a_merged_or_plain_model_is_no_schedule() -> None:
 
 def test_save_pretrained_writes_the_adapter_folder_only(tmp_path: Path) -> None:
     model = model_with(CONFIGS["lora"])
-    peftkit.wrap(model, CONFIGS["bitfit"], name="bias")
+    peftkit.wrap(model, peftkit.BitFit(), name="bias")
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "config.json").exists()
@@ -364,5 +363,5 @@ def test_load_state_dict_reports_what_is_missing_otherwise() -> None:
 
 
 def test_importing_peftkit_imports_no_transformers() -> None:
-    code = "import sys, peftkit; assert 'transformers' not in sys.modules; peftkit.training.Trainer; assert 'transformers' in sys.modules"
+    code = "import sys, peftkit; assert 'transformers' not in sys.modules; peftkit.training.adapter_state_dict"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -161,7 +161,7 @@ class AdaLoraAdapter(Adapter):
         self._notice_gradients()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
         self._notice_gradients()
 
     def _notice_gradients(self) -> None:
@@ -174,6 +174,11 @@ class AdaLoraAdapter(Adapter):
                 adapter._before_training = parameter.detach().clone()
 
         self.lora_E.register_post_accumulate_grad_hook(notice)
+
+    def kept_rows(self) -> Tensor:
+        """Which triplets the last pruning kept, (r,)."""
+        kept = self._buffers.get("kept")
+        return torch.ones(self.lora_E.shape[0], dtype=torch.bool) if kept is None else kept
 
     @property
     def moved(self) -> bool:
@@ -230,9 +235,8 @@ class AdaLoraAdapter(Adapter):
 
     def prune(self) -> None:
         """Sets the singular values of the triplets that are not kept to zero."""
-        kept: Tensor = self._buffers["kept"]  # type: ignore[assignment]  # registered
         value = self.lora_E.detach()
-        value.copy_(laid_out_as(gathered(value).masked_fill(~kept[:, None], 0), value))
+        value.copy_(laid_out_as(gathered(value).masked_fill(~self.kept_rows()[:, None], 0), value))
 
 
 class Allocator(Stepped):
@@ -364,7 +368,7 @@ class Allocator(Stepped):
         kept[scores.argsort(descending=True, stable=True)[:budget]] = True
         sizes = [member.lora_E.shape[0] for member in self.members]
         for member, own in zip(self.members, kept.split(sizes), strict=True):
-            member._buffers["kept"].copy_(own)  # type: ignore[union-attr]  # registered
+            member.kept_rows().copy_(own)
             member.prune()
         self.allocated = True
 
@@ -376,7 +380,7 @@ class Allocator(Stepped):
 
     def live(self) -> int:
         """Triplets that the last pruning kept."""
-        return sum(int(m._buffers["kept"].sum()) if m.scored else m.lora_E.shape[0] for m in self.members)  # type: ignore[union-attr]
+        return sum(int(m.kept_rows().sum()) for m in self.members)
 
     def training_ended(self) -> None:
         """Checks that training did what the method is for.
@@ -483,7 +487,7 @@ def stored(cfg: AdaLoRA, adapters: Mapping[str, Adapter]) -> tuple[AdaLoRA, Stat
     state: State = {}
     pattern: dict[str, tuple[bool, ...]] = {}
     for path, member in members.items():
-        rows: Tensor = member._buffers["kept"]  # type: ignore[assignment]  # registered
+        rows = member.kept_rows()
         pattern[path] = tuple(rows.tolist())
         state[path] = {
             "lora_A": gathered(member.lora_A.detach())[rows],

@@ -1,4 +1,11 @@
-"""Bottleneck adapters: a small two-layer network in or beside each block; Houlsby, Pfeiffer and parallel placement."""
+"""Bottleneck adapters: a small two-layer network in or beside each block; Houlsby, Pfeiffer and parallel placement.
+
+Where the code deviates from the papers: the up-projection starts at zero by default, which makes the start exactly the
+backbone (`init_weights="bert"` starts near it, as Houlsby et al. do). A Houlsby adapter stands directly behind the
+projection, so that the sub-layer's dropout falls on its output. In models whose norms precede the sub-layers, a parallel
+adapter reads the normalised input, as the feed-forward does, and a Pfeiffer adapter the residual sum, which no norm
+follows.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +120,7 @@ class Bottleneck(SublayerAdapter):
 
 def sites(model: nn.Module, cfg: BottleneckAdapter) -> list[Site]:
     """The places of the placement, and the norms beside them where those are trained."""
-    found = sublayer_sites(model, METHOD, cfg, cfg.placement)
+    found = sublayer_sites(model, METHOD, cfg, cfg.placement, with_norms=cfg.train_layer_norm)
     return found + (norm_sites(model, found) if cfg.train_layer_norm else [])
 
 

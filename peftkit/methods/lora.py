@@ -294,9 +294,8 @@ def _start_from_weight(adapter: LoraAdapter, weight: Tensor, rank: int, init: st
 
 def write_config(planned: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields as peft writes them."""
-    transposed = any(site.kind == "Conv1D" for site in planned.sites)
     patterns = {k: dict(fields[k] or {}) for k in ("rank_pattern", "alpha_pattern")}
-    return {**fields, **patterns, "bias": "none", "fan_in_fan_out": transposed}
+    return {**fields, **patterns, "bias": "none"}
 
 
 def read_config(fields: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -142,7 +142,9 @@ def initialise(adapter: Adapter, module: nn.Module, site: Site, cfg: PTuning) ->
 def stored(cfg: PTuning, adapters: Mapping[str, Adapter]) -> tuple[PTuning, State]:
     """What a folder holds: the vectors that the network gives, computed. Peft's has no place for the network."""
     changed = {p: {"prompt": _in_evaluation(a)} for p, a in adapters.items() if isinstance(a, Encoder)}
-    return (dataclasses.replace(cfg, inference_mode=True), changed) if changed else (cfg, {})
+    if not changed:
+        return cfg, {}
+    return dataclasses.replace(cfg, inference_mode=True, num_transformer_submodules=None), changed
 
 
 def _in_evaluation(adapter: Encoder) -> Tensor:

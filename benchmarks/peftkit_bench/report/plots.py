@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -223,6 +224,7 @@ def _column(axes: Any, cluster: Sequence[Row], places: Mapping[str, Place], side
                 "arrowstyle": "-", "color": own, "linewidth": 0.7, "alpha": 0.5, "shrinkA": 2, "shrinkB": 5,
             },
         )  # fmt: skip
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # readable where it crosses a line
         labels.append(Label(row.name, text))
     return labels
 
