@@ -134,7 +134,7 @@ def public_names() -> str:
     """What `import peftkit` offers, apart from the configs."""
     configs = {m.config.__name__ for m in BUILT_IN}
     rows = []
-    for name in sorted(set(peftkit.__all__) - configs, key=str.lower):
+    for name in sorted(set(peftkit.__all__) - configs, key=lambda name: (name.lower(), name)):
         value = getattr(peftkit, name)
         if inspect.isfunction(value):
             rows.append((f"`{name}{signature(value)}`", first_sentence(inspect.getdoc(value))))

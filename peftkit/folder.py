@@ -95,6 +95,8 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
     fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists() and previous_of(folder).is_dir():
+            os.rename(previous_of(folder), folder)  # a writer died between two renames
         fresh.mkdir()
         safetensors.torch.save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
         _sync(fresh / WEIGHTS)
@@ -108,7 +110,8 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
         _put_in_place(fresh, folder)
         if inside is not None:
             os.chdir(inside)
-        _sync(folder.parent)
+        with contextlib.suppress(OSError):  # the new folder is in place; only its entry may not be on the disk yet
+            _sync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         hint = "; it is a mount point, save into a subfolder of it" if os.path.ismount(folder) else ""
         raise CheckpointError(f"{folder} could not be written, and is as it was: {error}{hint}") from error

@@ -116,7 +116,7 @@ def merge(model: nn.Module, *names: str) -> MergeReport:
     check_classes(model)
     work = _work(model, chosen)
     _refuse_tied(model, work)
-    record.merged = tuple(chosen)
+    record.merged, record.resumed = tuple(chosen), record.active
     sites: list[SiteMerge] = []
     kept: dict[int, Tensor] = {}
     try:
@@ -197,9 +197,17 @@ def _merge_site(
     weights = weights_of(module)
     before = weights.read()
     meant = dict(before)
-    for adapter in adapters:
+    for position, adapter in enumerate(adapters):
+        if position and adapter.reads_weight:
+            raise MergeError(
+                f"{path}: {type(adapter).__name__} reads the weight beneath it, which another adapter would have changed; "
+                "merge it first in the list of adapters, or alone"
+            )
         shown = {n: weights.turn(n, v) for n, v in meant.items()} if adapter.raw else meant
-        new = adapter.merged(shown)
+        try:
+            new = adapter.merged(shown)
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}") from None
         meant.update({n: weights.turn(n, v) for n, v in new.items()} if adapter.raw else new)
     changed = {n: v for n, v in meant.items() if v is not before[n]}
     for name, value in changed.items():

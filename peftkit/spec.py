@@ -174,10 +174,11 @@ class Config:
     """SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM or FEATURE_EXTRACTION; informative."""
 
     def __post_init__(self) -> None:
+        hints = _annotations(type(self))  # type: ignore[arg-type]  # classes are hashable
         for f in dataclasses.fields(self):
             value = _plain(getattr(self, f.name))
             object.__setattr__(self, f.name, value)
-            wanted = _annotations(type(self))[f.name]
+            wanted = hints[f.name]
             if not _fits(value, wanted):
                 raise ConfigError(
                     f"{type(self).__name__}: {f.name} must be {_described(wanted)}, "
@@ -215,6 +216,9 @@ class Adapter(nn.Module):
     """Names of own parameters that stay frozen."""
     raw: ClassVar[bool] = False
     """True: `merged` reads and returns parameters as the module stores them; False: weights as (out, in)."""
+
+    reads_weight: ClassVar[bool] = False
+    """True: forward reads the module's own weight, so that only the innermost of several adapters can be merged."""
 
     def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's output with the adapter applied.

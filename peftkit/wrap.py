@@ -44,6 +44,8 @@ class Record:
     backups: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Parameters before merging, by module path; empty when nothing is merged."""
     merged: tuple[str, ...] = ()
+    resumed: tuple[str, ...] = ()
+    """Adapters that were active before merging, and are again after it."""
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What is known of an adapter's origin, by adapter name."""
 
@@ -527,9 +529,8 @@ def restore(model: nn.Module) -> None:
             own = modules[path]._parameters[key]
             assert own is not None
             own.data.copy_(value)
-    names = record.merged
     record.merged, record.backups = (), {}
-    activate(model, *names)
+    activate(model, *record.resumed)
 
 
 def state_of(model: nn.Module, name: str) -> State:

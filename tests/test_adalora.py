@@ -712,3 +712,25 @@ def test_adalora_adapts_a_classifier_and_its_head() -> None:
         optimizer.zero_grad()
     assert allocator(model).final
     assert allocator(model).live() == 8 * 4
+
+
+def test_adalora_prunes_sharded_triplets_as_whole_ones() -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, sharded = two(), two()
+    train(plain, 9)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (sharded.first, sharded.second, sharded):
+            fully_shard(module, mesh=mesh)
+        train(sharded, 9)
+        assert allocator(sharded).live() == 4
+        for own, other in zip(allocator(plain).members, allocator(sharded).members, strict=True):
+            for name in adalora.TENSORS:
+                found = getattr(other, name).full_tensor()
+                assert torch.equal(getattr(own, name), found), name
+    finally:
+        distributed.destroy_process_group()

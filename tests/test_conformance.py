@@ -17,6 +17,9 @@ from peftkit.testing import BACKBONES, Check, Refused, checks
 
 SMALL: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 8},
+    "prefix": {"num_virtual_tokens": 4},
+    "prompt": {"num_virtual_tokens": 4},
+    "ptuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     "vera": {"r": 16},
 }
 """What a method's default config needs to fit models of width 32."""
@@ -25,11 +28,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {
         "rslora": {"use_rslora": True, "lora_alpha": 16},
         "dora": {"use_dora": True, "r": 4},
-        "bias": {"lora_bias": True, "target_modules": ("q_proj", "query", "c_attn", "first"), "r": 4},
+        "bias": {"lora_bias": True, "target_modules": ("first", "out"), "r": 4},
         "gaussian": {"init_lora_weights": "gaussian"},
         "orthogonal": {"init_lora_weights": "orthogonal"},
-        "pissa": {"init_lora_weights": "pissa", "r": 4},
-        "olora": {"init_lora_weights": "olora", "r": 4},
+        "pissa": {"init_lora_weights": "pissa", "r": 3},
+        "olora": {"init_lora_weights": "olora", "r": 3},
         "all-linear": {"target_modules": "all-linear", "r": 2, "lora_dropout": 0.2},
         "patterns": {"target_modules": "all-linear", "rank_pattern": {r".*\.0\..*": 3}, "alpha_pattern": {".*": 5.0}},
     },
@@ -43,8 +46,11 @@ ONLY_ON = {"lora[bias]": ("mlp",)}
 REFUSED: dict[str, set[str]] = {
     "bitfit": {"llama", "mistral", "t5"},
     "head": {"llama", "gpt2", "t5", "bart", "opt", "qwen2", "mistral", "mlp"},
+    "prefix": {"deberta", "mlp"},
+    "prompt": {"vit", "mlp"},
+    "ptuning": {"vit", "mlp"},
 }
-"""Backbones that a method refuses: no biases, no new head."""
+"""Backbones that a method refuses: no biases, no new head, no attention interface, no tokens."""
 
 EXCEPTIONS = {
     "loreft-check_generation_matches_forward": "it edits the last tokens of the prompt, and without a cache the "
@@ -78,8 +84,8 @@ def cases() -> Iterator[tuple[str, Check]]:
 
 def chosen(label: str, check: Check, everything: bool) -> list[str]:
     """The backbones that a check runs on."""
-    refused = REFUSED.get(check.method.name, set())
-    fits = [n for n, b in BACKBONES.items() if check.applies(b) and n not in refused and n in ONLY_ON.get(label, BACKBONES)]
+    refused, allowed = REFUSED.get(check.method.name, set()), ONLY_ON.get(label, tuple(BACKBONES))
+    fits = [n for n, b in BACKBONES.items() if check.applies(b) and n in allowed and n not in refused]
     if everything or (check.name in EVERYWHERE and "[" not in label):
         return fits
     fixed = [n for n in ALWAYS if n in fits]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -166,12 +167,13 @@ def test_write_leaves_the_old_folder_when_the_system_refuses_any_call(exchange, 
             except CheckpointError as error:
                 outcome = error
             found = folder.located(target, "default")
-            # Behind the swap only the parent's entry is still to be flushed, and the new folder is in place.
-            assert number_in(found) in ((1, 2) if outcome else (2,)), (name, index)
+            assert number_in(found) == (1 if outcome else 2), (name, index)
             assert (found / "notes.txt").read_text() == "mine"
             if outcome:
                 assert "No space left on device" in str(outcome)
-            assert [n for n in left_over(tmp_path) if n.endswith(".new")] == []
+                assert [n for n in left_over(tmp_path) if n.endswith(".new")] == []
+            for name_left in left_over(tmp_path):  # where removing what is no longer needed was refused
+                shutil.rmtree(tmp_path / name_left)
             cases += 1
     assert cases > 10
 
@@ -262,7 +264,7 @@ def test_readers_never_see_a_mix_of_two_adapters(tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    for number in range(200):
+    for number in range(60):
         write(target, 1 + number % 2)
     stop.set()
     reader.join()
@@ -357,7 +359,8 @@ def test_pickle_is_never_opened(name, tmp_path):
     with pytest.raises(CheckpointError, match="as a pickle|is not a complete safetensors file"):
         folder.read_tensors(tmp_path / "a")
     assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "a" / name, weights_only=False)
+    trap = tmp_path / "a" / name
+    torch.load(trap.rename(trap.with_suffix(".bin")), weights_only=False)
     assert (tmp_path / "ran").exists()  # the trap works: whoever opens it springs it
 
 

@@ -326,3 +326,29 @@ def test_functional_transforms_see_through_lora():
         slopes = torch.autograd.grad(dense(model, adapter, x[index]).square().sum(), list(values.values()))
         for name, slope in zip(names, slopes, strict=True):
             assert torch.allclose(found[name][index], slope, atol=1e-10)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("order", [("default", "trained"), ("trained", "default")])
+def test_lora_sees_the_bias_and_weight_that_another_active_adapter_trains(fields, order):
+    model, adapter = wrapped(**fields)
+    peftkit.wrap(model, peftkit.FullFineTuning(), name="trained")
+    own = dict(adapters_of(model, "trained"))["site"]
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    peftkit.activate(model, *order)
+    x = torch.randn(ROWS, INSIDE, dtype=torch.float64)
+    changed = own.weight + ALPHA / RANK * adapter.lora_B @ adapter.lora_A
+    if fields:
+        changed = adapter.lora_magnitude_vector[:, None] * changed / changed.detach().norm(dim=1)[:, None]
+    expected = x @ changed.T + own.bias
+    found = model(x)
+    assert torch.allclose(found, expected, atol=1e-12)
+    wanted = [*own.parameters(), *adapter.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(found.square().sum(), wanted), torch.autograd.grad(expected.square().sum(), wanted), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, atol=1e-12)

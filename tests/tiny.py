@@ -52,11 +52,17 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() + str(tensor.dtype).encode()
 
 
+def _identity(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_identity(v) for v in value)
+    return value if isinstance(value, bool | int | float | str | type(None)) else id(value)
+
+
 def picture(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that a verb could leave changed: tensors, classes, attributes, flags, modes, generator."""
     attributes = {
         path: {
-            key: (id(value) if not isinstance(value, bool | int | float | str | type(None)) else value)
+            key: _identity(value)
             for key, value in module.__dict__.items()
             if key not in ("_parameters", "_buffers", "_modules")
         }

@@ -218,6 +218,7 @@ def _run_cells(
                 f"   {_duration(left)} left",
                 markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
     return failures
 

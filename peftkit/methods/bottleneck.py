@@ -2,9 +2,8 @@
 
 Where the code deviates from the papers: the up-projection starts at zero by default, which makes the start exactly the
 backbone (`init_weights="bert"` starts near it, as Houlsby et al. do). A Houlsby adapter stands directly behind the
-projection, so that the sub-layer's dropout falls on its output. In models whose norms precede the sub-layers, a parallel
-adapter reads the normalised input, as the feed-forward does, and a Pfeiffer adapter the residual sum, which no norm
-follows.
+projection, so that the sub-layer's dropout falls on its output. Where norms precede the sub-layers, a parallel adapter
+reads the normalised input, as the feed-forward does, and a Pfeiffer adapter the residual sum, which no norm follows.
 """
 
 from __future__ import annotations

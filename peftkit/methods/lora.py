@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import functional
-from peftkit.errors import ConfigError
+from peftkit.errors import ConfigError, MergeError
 from peftkit.quantization import weights_of
 from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, config
 from peftkit.targets import from_pattern
@@ -77,8 +77,9 @@ def _plain_linear(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tup
     """Weight and bias where a hand-written backward holds: directly around a frozen nn.Linear in the input's dtype."""
     if type(call) is not functools.partial or call.func is not nn.Linear.forward or not functional.plain_gradients(x):
         return None
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if weight is None or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
+    # As attributes, so that a trained bias or weight of another active adapter is seen.
+    weight, bias = module.weight, module.bias
+    if not isinstance(weight, Tensor) or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     return weight, bias
 
@@ -132,7 +133,7 @@ class LoraAdapter(Adapter):
         out = {"weight": base["weight"] + self.delta().to(base["weight"].dtype)}
         if self.lora_bias is not None:
             if "bias" not in base:
-                raise ConfigError("lora_bias cannot be merged into a module without a bias; train with lora_bias=False")
+                raise MergeError("lora_bias cannot be merged into a module without a bias; train with lora_bias=False")
             out["bias"] = base["bias"] + self.scale * self.lora_bias.detach().to(base["bias"].dtype)
         return out
 
@@ -155,19 +156,22 @@ class EmbeddingAdapter(LoraAdapter):
 class DoraAdapter(LoraAdapter):
     """h = m (W + scale B A) x / ‖W + scale B A‖ by rows; the norm is not differentiated (section 4.3 of the paper)."""
 
+    reads_weight = True
+
     def __init__(self, site: Site, cfg: LoRA) -> None:
         super().__init__(site, cfg)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(site.out_features))
         self._squares, self._factors = functional.Derived(), functional.Derived()
 
-    def _weight(self, module: nn.Module) -> Tensor:
-        weight = module._parameters["weight"]
-        assert weight is not None
+    @staticmethod
+    def _turned(module: nn.Module, weight: Any) -> Tensor:
+        """A weight of the module as (out, in)."""
+        assert isinstance(weight, Tensor)
         return weight if isinstance(module, nn.Linear) else weight.t()
 
     def row_factors(self, module: nn.Module) -> Tensor:
         """m / ‖W + scale B A‖, (out,); remembered in evaluation as long as no tensor changes."""
-        weight = self._weight(module)
+        weight = self._turned(module, module.weight)
         magnitude = self.lora_magnitude_vector
 
         def make() -> Tensor:
@@ -195,13 +199,13 @@ class DoraAdapter(LoraAdapter):
         if not dropping and (plain := _plain_linear(module, call, x)) is not None:
             magnitude = self.lora_magnitude_vector
             return functional.dora_linear(x, *plain, down, up, magnitude, factors.detach(), self.scale)
-        factors = factors.to(x.dtype)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         out = functional.add_low_rank(call(x), dropped, down, up, self.scale)
-        bias = module._parameters.get("bias")
-        if bias is None:
+        factors = factors.to(out.dtype)
+        bias = module.bias
+        if not isinstance(bias, Tensor):
             return out * factors
-        return torch.addcmul(bias * (1 - factors), out, factors)
+        return torch.addcmul(bias.to(out.dtype) * (1 - factors), out, factors)
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = m (W + scale B A) / ‖W + scale B A‖ by rows."""
@@ -254,7 +258,7 @@ def initialise(adapter: Adapter, module: nn.Module, site: Site, cfg: LoRA) -> No
     if adapter.lora_bias is not None:
         nn.init.zeros_(adapter.lora_bias)
     if isinstance(adapter, DoraAdapter):
-        weight = adapter._weight(module).detach()
+        weight = adapter._turned(module, module._parameters["weight"]).detach()
         norms = functional.row_norms(weight, adapter._row_squares(weight), *adapter.factors(), adapter.scale)
         adapter.lora_magnitude_vector.copy_(norms)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,7 @@ class Check:
         return f"{self.method.name}-{self.name}"
 
 
-def checks(method: Method, config: Any = None, *, starts_as_identity: bool | None = None) -> Iterator[Check]:
+def checks(method: Method, config: Any = None, *, starts_as_identity: bool | None = None) -> tuple[Check, ...]:
     """The checks that the method's declarations call for.
 
     Args:
@@ -105,8 +105,8 @@ def checks(method: Method, config: Any = None, *, starts_as_identity: bool | Non
     """
     chosen = method.config() if config is None else config
     identity = method.starts_as_identity if starts_as_identity is None else starts_as_identity
-    for law in LAWS:
-        if law.check is forward.check_starts_as_identity and not identity:
-            continue
-        if law.when(method, chosen):
-            yield Check(name=law.check.__name__, method=method, config=chosen, law=law)
+    return tuple(
+        Check(name=law.check.__name__, method=method, config=chosen, law=law)
+        for law in LAWS
+        if (identity if law.check is forward.check_starts_as_identity else law.when(method, chosen))
+    )

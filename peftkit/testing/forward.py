@@ -141,7 +141,9 @@ def check_low_precision_base(s: Subject) -> None:
         with disabled(model):
             usual = allowance(s, model)
         apart = distance(ours, exact)
-        assert apart <= usual, f"{s}: in {dtype} the logits are off by {apart:.2g}, the base's rounding allows {usual:.2g}"
+        assert apart <= usual, (
+            f"{s}: in {dtype} the logits are off by {apart:.2g}, the base's rounding allows {usual:.2g}"
+        )
         s.loss(model).backward()
         for key, parameter in trainable(model).items():
             grad = parameter.grad
@@ -161,12 +163,16 @@ def check_autocast(s: Subject) -> None:
         ours = s.logits(model)
         loss = s.loss(model)
     apart, allowed = distance(ours, exact), 8 * max(usual, least)
-    assert apart <= allowed, f"{s}: autocast moves the logits by {apart:.2g}, the backbone's rounding allows {allowed:.2g}"
+    assert apart <= allowed, (
+        f"{s}: autocast moves the logits by {apart:.2g}, the backbone's rounding allows {allowed:.2g}"
+    )
     loss.backward()
     for key, parameter in trainable(model).items():
         grad = parameter.grad
         assert grad is None or bool(torch.isfinite(grad).all()), f"{s}: no finite gradient at {key} under autocast"
-        assert grad is None or grad.dtype == parameter.dtype, f"{s}: the gradient at {key} is {grad.dtype}, not its dtype"
+        assert grad is None or grad.dtype == parameter.dtype, (
+            f"{s}: the gradient at {key} is {grad.dtype}, not its dtype"
+        )
 
 
 def dropout_fields(config: Any, *, positive: bool = False) -> list[str]:

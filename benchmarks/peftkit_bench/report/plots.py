@@ -13,6 +13,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -48,6 +49,10 @@ class Label:
 
     name: str
     text: Any
+
+    def box(self) -> Bbox:
+        """Where the text stands, in pixels, the line to its point left out."""
+        return Text.get_window_extent(self.text)
 
 
 def colour(row: Row) -> str:
@@ -182,11 +187,11 @@ def _label_cluster(
     """Labels in a column beside the cluster, on the side where they hide less."""
     names = {row.name for row in cluster}
     others = [_bar_box(axes, row, places[row.name][0]) for row in rows if row.name not in names]
-    others += [label.text.get_window_extent() for label in labels]
+    others += [label.box() for label in labels]
     inside = axes.get_window_extent()
 
     def hidden(made: Sequence[Label]) -> int:
-        boxes = [label.text.get_window_extent() for label in made]
+        boxes = [label.box() for label in made]
         over = sum(box.overlaps(other) for box in boxes for other in others)
         return over + 10 * sum(box.x0 < inside.x0 or box.x1 > axes.figure.bbox.x1 for box in boxes)
 

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from peftkit_bench.statistics import compare_all, correct_table, estimate, holm, paired_test, pareto
+
+
+def test_correct_table_compares_each_prediction_with_its_label() -> None:
+    assert correct_table([[0, 1, 2], [2, 1, 0]], [0, 1, 1]).tolist() == [[1, 1, 0], [0, 1, 0]]
+
+
+def test_estimate_matches_a_case_worked_by_hand() -> None:
+    # Seed means 0.75 and 0.25: variance 0.125, over 2 seeds 0.0625. Example means 1, 0.5, 0.5, 0: variance 1/6, over 4
+    # examples 1/24. V = 5/48; df = V² / (0.0625² / 1 + (1/24)² / 3).
+    table = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0]])
+    found = estimate(table)
+    variance = 1 / 16 + 1 / 24
+    degrees = variance**2 / (1 / 16**2 + (1 / 24) ** 2 / 3)
+    assert found.mean == 0.5
+    assert found.standard_error == pytest.approx(math.sqrt(variance))
+    assert found.degrees == pytest.approx(degrees)
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, degrees) * math.sqrt(variance))
+    assert (found.seeds, found.examples, found.groups) == (2, 4, 4)
+
+
+def test_estimate_of_one_seed_is_the_t_interval_over_examples() -> None:
+    values = np.array([1.0, 0, 1, 1, 0, 1, 1, 1])
+    found = estimate(values[None, :])
+    low, high = stats.t.interval(0.95, 7, loc=values.mean(), scale=stats.sem(values))
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_estimate_of_equal_groups_is_that_of_their_means() -> None:
+    table = np.array([[1.0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1], [1, 1, 0, 1, 1, 0]])
+    by_group = table.reshape(3, 3, 2).mean(axis=2)
+    grouped, means = estimate(table, [7, 7, 3, 3, 5, 5]), estimate(by_group)
+    assert grouped.mean == pytest.approx(means.mean)
+    assert grouped.standard_error == pytest.approx(means.standard_error)
+    assert grouped.groups == 3
+
+
+def test_estimate_without_any_variance_is_a_point() -> None:
+    found = estimate(np.ones((3, 5)))
+    assert (found.low, found.mean, found.high) == (1, 1, 1)
+
+
+def test_paired_test_of_one_seed_is_the_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 2, (2, 1, 200)).astype(float)
+    difference, p = paired_test(first, second)
+    assert p == pytest.approx(stats.ttest_rel(first[0], second[0]).pvalue)
+    assert difference.mean == pytest.approx((first - second).mean())
+
+
+def test_paired_test_of_equal_predictions_finds_nothing() -> None:
+    table = np.array([[1.0, 0, 1], [0, 0, 1]])
+    difference, p = paired_test(table, table)
+    assert (difference.mean, p) == (0, 1)
+
+
+def test_paired_test_raises_when_tables_differ_in_shape() -> None:
+    with pytest.raises(ValueError, match="same seeds and examples"):
+        paired_test(np.ones((2, 3)), np.ones((3, 3)))
+
+
+def test_holm_matches_a_case_worked_by_hand() -> None:
+    # Ascending 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1 = 0.04, 0.06, 0.06, 0.04; never falling: the last becomes 0.06.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_compare_all_corrects_over_all_pairs_and_puts_the_better_first() -> None:
+    rng = np.random.default_rng(1)
+    strong, weak = (rng.random((3, 400)) < 0.9).astype(float), (rng.random((3, 400)) < 0.2).astype(float)
+    found = compare_all({"weak": weak, "strong": strong, "also": strong.copy()})
+    assert [(c.first, c.second) for c in found] == [("also", "strong"), ("also", "weak"), ("strong", "weak")]
+    assert [c.significant() for c in found] == [False, True, True]
+    assert found[1].p_corrected == pytest.approx(3 * found[1].p)
+
+
+def simulate(rng: np.random.Generator, seeds: int, groups: np.ndarray, between: float) -> np.ndarray:
+    """Tables whose true mean is 0.5, with effects of seeds, groups and examples, and their interaction."""
+    shape = (seeds, len(groups))
+    effects = between * rng.normal(size=(seeds, 1)) + 0.2 * rng.normal(size=groups.max() + 1)[groups]
+    return 0.5 + effects + 0.2 * rng.normal(size=(1, len(groups))) + 0.3 * rng.normal(size=shape)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(100), 4)
+    covered = 0
+    for _ in range(400):
+        found = estimate(simulate(rng, 3, groups, 0.015), groups)
+        covered += found.low <= 0.5 <= found.high
+    # 95 % of 400 is 380 with a standard deviation of 4.4; the interval may err on the wide side.
+    assert covered >= 367
+
+
+def test_equal_methods_are_rarely_told_apart() -> None:
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(100), 4)
+    false = 0
+    for _ in range(400):
+        shared = 0.3 * rng.normal(size=(1, 400))
+        pair = [shared + 0.015 * rng.normal(size=(3, 1)) + 0.3 * rng.normal(size=(3, 400)) for _ in range(2)]
+        false += paired_test(pair[0], pair[1], groups)[1] < 0.05
+    assert false <= 33  # 5 % of 400 is 20 with a standard deviation of 4.4
+
+
+def test_pareto_front_holds_what_nothing_beats() -> None:
+    found = {"head": (3.0, 0.4), "small": (10.0, 0.5), "waste": (20.0, 0.45), "tie": (30.0, 0.5), "full": (900.0, 0.6)}
+    assert pareto(found) == ["head", "small", "full"]
