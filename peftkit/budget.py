@@ -11,6 +11,9 @@ from peftkit.errors import ConfigError, nearest
 from peftkit.methods import METHODS
 from peftkit.plan import plan
 
+LISTED = 256
+"""A list of at most so many possible values is tried out whole: its counts need not grow with the value."""
+
 
 def fit_budget(model: nn.Module, method: str, *, parameters: int, **fields: Any) -> Any:
     """The config of a method whose exact trainable count comes closest to a budget without going over it.
@@ -46,6 +49,10 @@ def fit_budget(model: nn.Module, method: str, *, parameters: int, **fields: Any)
             f"{method} with {knob.field}={choices[low]} already trains {smallest:,} parameters, over the budget of "
             f"{parameters:,}; raise the budget or name fewer target_modules"
         )
+    if knob.values and high < LISTED:
+        counts = [count_at(index) for index in range(len(choices))]
+        best = max(count for count in counts if count <= parameters)
+        return knob.set(start, choices[counts.index(best)])
     step = 1
     while low + step <= high and count_at(low + step) <= parameters:
         low, step = low + step, step * 2

@@ -17,8 +17,9 @@ from peftkit.errors import BaseMismatchError, CheckpointError, ConfigError, Peft
 from peftkit.methods import METHODS
 from peftkit.plan import Plan, plan
 from peftkit.spec import METADATA_PREFIX, Method, PeftFormat, State
-from peftkit.wrap import adapters_of, attach, check_name, is_wrapped, original_class, record_of, state_of, step_sites
+from peftkit.swap import original_class
 from peftkit.whole import WholeModule
+from peftkit.wrap import adapters_of, attach, check_name, is_wrapped, record_of, state_of, step_sites
 
 M = TypeVar("M", bound=nn.Module)
 Ignorable = Literal["missing", "unexpected", "base"]
@@ -41,7 +42,9 @@ OWN_PREFIX = "PEFTKIT_"
 """Marks the peft_type of methods that peft does not have."""
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", about: Mapping[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", about: Mapping[str, Any] | None = None
+) -> Path:
     """Writes one adapter as a folder that peft and everything that reads peft's folders can load.
 
     The adapter named "default" goes into `path`, any other into the subfolder of its name. Killed at any moment, either
@@ -128,7 +131,9 @@ def load(
     """
     unknown = set(ignore) - {"missing", "unexpected", "base"}
     if unknown:
-        raise ConfigError(f"ignore takes 'missing', 'unexpected' and 'base', found {', '.join(map(repr, sorted(unknown)))}")
+        raise ConfigError(
+            f"ignore takes 'missing', 'unexpected' and 'base', found {', '.join(map(repr, sorted(unknown)))}"
+        )
     check_name(name)
     if is_wrapped(model) and name in record_of(model).plans:
         raise ConfigError(f"an adapter named {name!r} is attached already; choose another name or unwrap it first")
@@ -176,7 +181,9 @@ def read_config(path: str | os.PathLike[str], model: nn.Module) -> Any:
     if kept.get("modules_to_save"):
         paths = [p for p, _ in targets.modules(model)]
         kept["modules_to_save"] = tuple(
-            n for n in kept["modules_to_save"] if n not in DEFAULT_HEADS or any(targets.suffix_match(p, n) for p in paths)
+            n
+            for n in kept["modules_to_save"]
+            if n not in DEFAULT_HEADS or any(targets.suffix_match(p, n) for p in paths)
         )
     elif "modules_to_save" in kept:
         kept["modules_to_save"] = ()
@@ -252,8 +259,9 @@ def _card(model: nn.Module, planned: Plan) -> str:
         f"---\nlibrary_name: peftkit\ntags:\n- peft\n- {method.name}\n---\n\n# {method.title} for {name}\n\n"
         f"- method: {method.title}{f' ({method.paper})' if method.paper else ''}\n"
         f"- trainable parameters: {planned.trainable:,} of {planned.total:,}\n"
-        f"- base model: {name} ({original_class(model).__name__}); a fingerprint of its weights is in `{folder.PROVENANCE}`\n\n"
-        "```python\nimport peftkit\n\npeftkit.load(model, \"path/to/this/folder\")\n```\n"
+        f"- base model: {name} ({original_class(model).__name__}); "
+        f"a fingerprint of its weights is in `{folder.PROVENANCE}`\n\n"
+        '```python\nimport peftkit\n\npeftkit.load(model, "path/to/this/folder")\n```\n'
     )
 
 
@@ -284,7 +292,9 @@ def unpacked(planned: Plan, tensors: Mapping[str, Tensor]) -> State:
     state: State = {}
     if peft is not None and peft.unpack is not None:
         keys = {_key(p, n, peft.prefix) for p in extras if p in expected for n in expected[p]}
-        state = {p: dict(t) for p, t in peft.unpack(planned, {k: t for k, t in tensors.items() if k not in keys}).items()}
+        state = {
+            p: dict(t) for p, t in peft.unpack(planned, {k: t for k, t in tensors.items() if k not in keys}).items()
+        }
     for path, found in expected.items():
         if path in extras or peft is None or peft.unpack is None:
             for name in found:
@@ -330,14 +340,18 @@ def _checked(
     Raises:
         CheckpointError: some are missing, unexpected, or of another shape.
     """
-    expected = packed(planned, expected_state(planned))
+    try:
+        expected = packed(planned, expected_state(planned))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{source}: the config asks for tensors that cannot be built: {reason}") from error
     missing = sorted(set(expected) - set(tensors))
     unexpected = sorted(set(tensors) - set(expected))
     if unexpected and "unexpected" not in ignore:
         raise CheckpointError(
             f"{source}: {len(unexpected)} tensors have no place in the model, first {unexpected[0]!r}"
-            f"{' (' + nearest(unexpected[0], missing) + ')' if missing else ''}; the adapter belongs to another model, or "
-            "its config was changed. ignore=('unexpected',) drops them"
+            f"{' (' + nearest(unexpected[0], missing) + ')' if missing else ''}; the adapter belongs to another model, "
+            "or its config was changed. ignore=('unexpected',) drops them"
         )
     if missing and "missing" not in ignore:
         raise CheckpointError(
@@ -370,11 +384,13 @@ def _without_base_copies(
             kept[key] = tensor
             continue
         name = key.removeprefix(METADATA_PREFIX).replace(".base_layer.", ".")
-        same = name in own and own[name].shape == tensor.shape and torch.equal(own[name].cpu(), tensor.to(own[name].dtype))
+        same = (
+            name in own and own[name].shape == tensor.shape and torch.equal(own[name].cpu(), tensor.to(own[name].dtype))
+        )
         if not same and "base" not in ignore:
             raise BaseMismatchError(
-                f"{source}: {key} is a copy of the base weight that the adapter was trained on, and the model's {name} is "
-                "another. Load the base that it was trained on, or accept this one with ignore=('base',)"
+                f"{source}: {key} is a copy of the base weight that the adapter was trained on, and the model's {name} "
+                "is another. Load the base that it was trained on, or accept this one with ignore=('base',)"
             )
     return kept
 
@@ -396,7 +412,9 @@ def _check_base(model: nn.Module, planned: Plan, provenance: Mapping[str, Any], 
         return
     stored = base.get("tensors") if isinstance(base, dict) else None
     if not isinstance(stored, dict) or not all(isinstance(v, dict) for v in stored.values()):
-        raise CheckpointError(f"{source / folder.PROVENANCE}: base.tensors is not an object of digests; get the file again")
+        raise CheckpointError(
+            f"{source / folder.PROVENANCE}: base.tensors is not an object of digests; get the file again"
+        )
     backups = record_of(model).backups if is_wrapped(model) else {}
     tensors = fingerprint.base_tensors(model, backups, [s.path for s in planned.extras])
     wrong = fingerprint.differences(tensors, stored)

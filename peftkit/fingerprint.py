@@ -48,7 +48,9 @@ def digests(tensor: Tensor, dtypes: tuple[str, ...] = tuple(DTYPES)) -> dict[str
     return {name: _digest(tensor.to(DTYPES[name])) for name in dtypes}
 
 
-def base_tensors(model: nn.Module, replaced: Mapping[str, Mapping[str, Tensor]], left_out: list[str]) -> dict[str, Tensor]:
+def base_tensors(
+    model: nn.Module, replaced: Mapping[str, Mapping[str, Tensor]], left_out: list[str]
+) -> dict[str, Tensor]:
     """The backbone's parameters by name, as they were before a merge, without modules trained whole.
 
     Args:
@@ -68,9 +70,7 @@ def base_tensors(model: nn.Module, replaced: Mapping[str, Mapping[str, Tensor]],
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """{"dtype": of each tensor, "digests": of each tensor by dtype}, plain values for JSON; meta tensors are left out."""
     kept = {n: t for n, t in tensors.items() if not t.is_meta and t.is_floating_point()}
-    return {
-        n: {"dtype": str(t.dtype).removeprefix("torch."), **digests(t)} for n, t in sorted(kept.items())
-    }
+    return {n: {"dtype": str(t.dtype).removeprefix("torch."), **digests(t)} for n, t in sorted(kept.items())}
 
 
 def differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[str]:
@@ -88,7 +88,7 @@ def differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> lis
         if tensor.is_meta or not tensor.is_floating_point():
             continue
         own = str(tensor.dtype).removeprefix("torch.")
-        asked = tuple(d for d in dict.fromkeys((own, known.get("dtype"))) if d in DTYPES) or ("float32",)
+        asked = tuple(d for d in DTYPES if d in (own, known.get("dtype"))) or ("float32",)
         mine = digests(tensor, asked)
         if not any(mine[d] == known.get(d) for d in asked):
             wrong.append(name)

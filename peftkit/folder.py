@@ -41,7 +41,9 @@ def read_json(path: Path) -> dict[str, Any]:
         status = path.stat()
         content = path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_CONFIG else None
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; expected an adapter folder with {CONFIG} and {WEIGHTS}") from None
+        raise CheckpointError(
+            f"{path} does not exist; expected an adapter folder with {CONFIG} and {WEIGHTS}"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if content is None:

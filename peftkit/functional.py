@@ -53,7 +53,7 @@ def add_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float)
     if torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad or out.requires_grad):
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return out + (scale * low_rank(x, down, up)).to(out.dtype)
-        added: Tensor = _AddLowRank.apply(out, x, down, up, scale)
+        added: Tensor = _AddLowRank.apply(out, x, down, up, scale)  # type: ignore[no-untyped-call]  # torch
         return added
     return _add_low_rank_(out, x, down, up, scale)
 
@@ -157,7 +157,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
         down: (r, in).
         up: (out, r).
     """
-    out: Tensor = _LoraLinear.apply(x, weight, bias, down, up, scale)
+    out: Tensor = _LoraLinear.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]  # torch
     return out
 
 
@@ -223,7 +223,7 @@ def dora_linear(
             the magnitude is exactly 0.
         factors: (out,), magnitude / norm.
     """
-    out: Tensor = _DoraLinear.apply(x, weight, bias, down, up, magnitude, factors, scale)
+    out: Tensor = _DoraLinear.apply(x, weight, bias, down, up, magnitude, factors, scale)  # type: ignore[no-untyped-call]  # torch
     return out
 
 

@@ -13,7 +13,8 @@ from peftkit import targets
 from peftkit.errors import MergeError, StateError
 from peftkit.quantization import BaseWeights, weights_of
 from peftkit.spec import Adapter
-from peftkit.wrap import CHILD, Record, check_classes, check_known, detach_code, record_of, restore, sites_of, unwrap
+from peftkit.swap import CHILD
+from peftkit.wrap import Record, check_classes, check_known, detach_code, record_of, restore, sites_of, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -193,15 +194,15 @@ def _refuse_tied(model: nn.Module, work: list[tuple[str, nn.Module, list[Adapter
 def _merge_site(
     record: Record, path: str, module: nn.Module, adapters: list[Adapter], kept: dict[int, Tensor]
 ) -> list[SiteMerge]:
-    """Merges one module; `kept` holds what was backed up so far, so that a tied parameter is kept as it was at first."""
+    """Merges one module; `kept` holds what was backed up so far, so that a tied parameter is backed up once."""
     weights = weights_of(module)
     before = weights.read()
     meant = dict(before)
     for position, adapter in enumerate(adapters):
         if position and adapter.reads_weight:
             raise MergeError(
-                f"{path}: {type(adapter).__name__} reads the weight beneath it, which another adapter would have changed; "
-                "merge it first in the list of adapters, or alone"
+                f"{path}: {type(adapter).__name__} reads the weight beneath it, which another adapter would have "
+                "changed; merge it first in the list of adapters, or alone"
             )
         shown = {n: weights.turn(n, v) for n, v in meant.items()} if adapter.raw else meant
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _whole_module_sites(model: nn.Module, paths: Sequence[str], taken: set[str])
             continue
         fresh = [n for n, _ in site.parameters if id(module._parameters[n]) not in seen]
         seen |= {id(module._parameters[n]) for n in fresh}
-        count = sum(module._parameters[n].numel() for n in fresh)  # type: ignore[union-attr]  # present by construction
+        count = sum(math.prod(shape) for n, shape in site.parameters if n in fresh)
         found.append(dataclasses.replace(site, count=count, role="extra"))
     return found
 

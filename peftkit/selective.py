@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from peftkit import backbones, targets
-from peftkit.errors import TargetError
+from peftkit import targets
 from peftkit.spec import Adapter, Config, Site
 from peftkit.whole import WholeModule
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftkit import backbones
-from peftkit.errors import BackboneError, TargetError, nearest
+from peftkit.errors import BackboneError, ConfigError, TargetError, nearest
 from peftkit.spec import Attach, Config, Method, Site, is_weight_module
 
 HOLDER = "peftkit"
@@ -96,12 +96,23 @@ def weight_sites(model: nn.Module, method: Method, config: Config) -> list[Site]
             f"{method.name}: target_modules, exclude_modules, layers_to_transform and modules_to_save leave no "
             "projection to adapt; loosen one of them"
         )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, None) or {}:
-            if not any(pattern_match(pattern, p) for p in chosen):
-                names = {part for p in chosen for part in (p, p.rsplit(".", 1)[-1])}
-                raise TargetError(f"{field}: {pattern!r} matches no target; {nearest(pattern, names)}")
+    _check_patterns(config, chosen)
     return [site_of(path, everything[path]) for path in chosen]
+
+
+def _check_patterns(config: Config, paths: Sequence[str]) -> None:
+    """Raises TargetError or ConfigError unless every key of rank_pattern and alpha_pattern selects a target."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (getattr(config, field, None) or {}).items():
+            try:
+                matched = any(pattern_match(pattern, p) for p in paths)
+            except re.error as error:
+                raise TargetError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
+            if not matched:
+                names = {part for p in paths for part in (p, p.rsplit(".", 1)[-1])}
+                raise TargetError(f"{field}: {pattern!r} matches no target; {nearest(pattern, names)}")
+            if field == "rank_pattern" and isinstance(value, int) and value < 1:
+                raise ConfigError(f"{field}: the rank of {pattern!r} must be at least 1, found {value}")
 
 
 def pattern_match(pattern: str, path: str) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from peftkit import checkpoint
 from peftkit.errors import ConfigError
 from peftkit.stepping import Stepped, gathered
-from peftkit.wrap import CHILD, ROOT_METHODS, adapters_of, is_wrapped, record_of
+from peftkit.swap import CHILD, ROOT_METHODS
+from peftkit.wrap import adapters_of, is_wrapped, record_of
 
 IN_MODEL = "model.safetensors"
 """Name under which transformers looks for a checkpoint's weights."""

@@ -32,7 +32,8 @@ class WholeModule(Adapter):
             for name in self.replaces:
                 own = module._parameters[name]
                 copy = self._parameters[name]
-                assert own is not None and copy is not None
+                assert own is not None
+                assert copy is not None
                 copy.data = own.detach().clone()
 
     def replacement(self, name: str, value: Any) -> Any:

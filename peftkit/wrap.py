@@ -6,10 +6,9 @@ whose forward runs the active adapters around the original forward. Adapters liv
 
 from __future__ import annotations
 
-import functools
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,18 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftkit import backbones
+from peftkit import backbones, swap
 from peftkit.errors import ConfigError, StateError, TargetError, nearest
 from peftkit.plan import Plan, plan
 from peftkit.spec import Adapter, Site, State, adapter_dtype
+from peftkit.swap import CHILD
 from peftkit.whole import WholeModule
 
 M = TypeVar("M", bound=nn.Module)
-
-CHILD = "peftkit"
-"""Name of the child that holds a module's adapters."""
-ROOT_METHODS: dict[str, Callable[..., Any]] = {}
-"""Methods that a wrapped model gets in place of its own of that name; each receives the original first."""
 
 
 @dataclass
@@ -67,140 +62,6 @@ def record_of(model: nn.Module) -> Record:
 def is_wrapped(model: nn.Module) -> bool:
     """Whether adapters are attached to the model."""
     return isinstance(model.__dict__.get("_peftkit"), Record)
-
-
-# The swapped class --------------------------------------------------------------------------------------------------
-
-
-def _reader(name: str) -> property:
-    """A property that reads the module's own attribute through the active adapters."""
-
-    def get(self: nn.Module) -> Any:
-        parameters = self._parameters
-        value = parameters[name] if name in parameters else self.__dict__[name]
-        for adapter in self.__dict__["_peftkit_active"]:
-            if name in adapter.replaces:
-                value = adapter.replacement(name, value)
-        return value
-
-    def put(self: nn.Module, value: Any) -> None:
-        if name not in self._parameters:
-            self.__dict__[name] = value
-
-    return property(get, put)
-
-
-@functools.cache
-def adapted(cls: Any, replaced: frozenset[str], advised: bool, root: bool) -> type[nn.Module]:
-    """The subclass of `cls` whose attributes and, where `advised`, forward go through the active adapters."""
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = functools.partial(cls.forward, self)
-        for adapter in self.__dict__["_peftkit_active"]:
-            if adapter.advises:
-                call = functools.partial(adapter.forward, self, call)
-        return call(*args, **kwargs)
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _rebuild, (cls, replaced, advised, root), self.__getstate__() if hasattr(cls, "__getstate__") else self.__dict__
-
-    body: dict[str, Any] = {
-        "__reduce_ex__": reduce,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_peftkit_original": cls,
-    }
-    if advised:
-        body["forward"] = forward
-    body.update({name: _reader(name) for name in replaced})
-    if issubclass(cls, nn.Sequential):
-        # Such a module calls all its children in turn; the one that holds adapters is none of them.
-        body["__iter__"] = lambda self: (m for n, m in self._modules.items() if n != CHILD)
-        body["__len__"] = lambda self: len(self._modules) - (CHILD in self._modules)
-    if root:
-        for name, method in ROOT_METHODS.items():
-            if hasattr(cls, name):
-                body[name] = _overridden(getattr(cls, name), method)
-    return type(cls.__name__, (cls,), body)
-
-
-def _overridden(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(functools.partial(original, self), self, *args, **kwargs)
-
-    return call
-
-
-def _rebuild(cls: type[nn.Module], replaced: frozenset[str], advised: bool, root: bool) -> nn.Module:
-    made = adapted(cls, replaced, advised, root)
-    return made.__new__(made)
-
-
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Changes the module's class, and the bound forwards that accelerate's hooks leave on the instance."""
-    current = type(module)
-    if current is cls or (_class_grew(module) and issubclass(current, cls) and "_peftkit_original" in cls.__dict__):
-        return
-    for key in ("_old_forward", "forward"):
-        bound = module.__dict__.get(key)
-        if isinstance(bound, types.MethodType) and bound.__func__ is current.forward:
-            module.__dict__[key] = types.MethodType(cls.forward, module)
-    module.__class__ = cls
-
-
-def _class_grew(module: nn.Module) -> bool:
-    """Whether something derived another class from the adapted one after wrapping, as fully_shard does."""
-    return "_peftkit_original" not in type(module).__dict__ and hasattr(type(module), "_peftkit_original")
-
-
-def check_classes(model: nn.Module) -> None:
-    """Raises StateError when the original classes cannot be put back."""
-    for path, module in (("", model), *sites_of(model)):
-        if _class_grew(module):
-            raise StateError(
-                f"{path or 'the model'} became a {type(module).__name__} after it was wrapped (fully_shard and "
-                "parametrizations do this), so its class cannot be put back; save the adapter and load it into a model "
-                "without that"
-            )
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has when no adapter is attached."""
-    return getattr(type(module), "_peftkit_original", type(module))
-
-
-def _refresh(model: nn.Module, module: nn.Module, active: Sequence[str]) -> None:
-    """Gives the module the class, the active adapters and the gradient flags that fit its children."""
-    children = module._modules.get(CHILD)
-    attached: dict[str, Adapter] = dict(children.items()) if children is not None else {}  # type: ignore[operator]
-    cls = original_class(module)
-    is_root = is_wrapped(model) and module is model
-    if not attached and not is_root:
-        if CHILD in module._modules:
-            del module._modules[CHILD]
-        module.__dict__.pop("_peftkit_active", None)
-        _set_class(module, cls)
-        return
-    module.__dict__["_peftkit_active"] = tuple(attached[name] for name in active if name in attached)
-    replaced = frozenset(n for adapter in attached.values() for n in adapter.replaces if _has(module, n))
-    advised = any(adapter.advises for adapter in attached.values())
-    _set_class(module, adapted(cls, replaced, advised, is_root))
-
-
-def detach_code(model: nn.Module) -> None:
-    """Takes the adapters' code off every path and leaves their tensors where they are; `activate` puts it back."""
-    record_of(model).active = ()
-    for _, module in sites_of(model):
-        module.__dict__["_peftkit_active"] = ()
-        cls = original_class(module)
-        _set_class(module, adapted(cls, frozenset(), False, True) if module is model else cls)
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    return module._parameters.get(name) is not None or name in module.__dict__
 
 
 # Attaching ----------------------------------------------------------------------------------------------------------
@@ -281,7 +142,7 @@ def attach(
         if CHILD not in module._modules:
             module.add_module(CHILD, nn.ModuleDict())
         adapter.train(module.training)
-        module._modules[CHILD][name] = adapter  # type: ignore[index]  # a ModuleDict by construction
+        module._modules[CHILD][name] = adapter
     record.plans[name] = planned
     if not trainable:
         record.frozen.add(name)
@@ -364,7 +225,7 @@ def _refuse_sharded(model: nn.Module) -> None:
 def _forward_is_of_class(module: nn.Module) -> bool:
     """Whether the instance runs its class's forward, around accelerate's hooks if there are any."""
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
-    return own is None or isinstance(own, types.MethodType) and own.__func__ is type(module).forward
+    return own is None or (isinstance(own, types.MethodType) and own.__func__ is type(module).forward)
 
 
 def _on_meta(adapter: Adapter) -> bool:
@@ -407,6 +268,24 @@ def fill(adapter: Adapter, values: dict[str, Tensor]) -> None:
 # Verbs on a wrapped model -------------------------------------------------------------------------------------------
 
 
+def check_classes(model: nn.Module) -> None:
+    """Raises StateError when the original classes cannot be put back."""
+    for path, module in (("", model), *sites_of(model)):
+        if swap.class_grew(module):
+            raise StateError(
+                f"{path or 'the model'} became a {type(module).__name__} after it was wrapped (fully_shard and "
+                "parametrizations do this), so its class cannot be put back; save the adapter and load it into a model "
+                "without that"
+            )
+
+
+def detach_code(model: nn.Module) -> None:
+    """Takes the adapters' code off every path and leaves their tensors where they are; `activate` puts it back."""
+    record_of(model).active = ()
+    for _, module in sites_of(model):
+        swap.detach(module, root=module is model)
+
+
 def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules that hold adapters."""
     for path, module in model.named_modules():
@@ -447,9 +326,9 @@ def activate(model: nn.Module, *names: str) -> None:
     for name in names:
         check_known(record, name)
     record.active = names
-    _refresh(model, model, names)
+    swap.refresh(model, names, root=True)
     for _, module in list(sites_of(model)):
-        _refresh(model, module, names)
+        swap.refresh(module, names, root=module is model)
         for name, adapter in module._modules[CHILD].items():  # type: ignore[union-attr, operator]
             train = name in names and name not in record.frozen
             for key, parameter in adapter.named_parameters():
@@ -507,19 +386,19 @@ def unwrap(model: M, name: str | None = None) -> M:
         flags = record.requires_grad
         del model.__dict__["_peftkit"]
         for _, module in list(sites_of(model)):
-            _refresh(model, module, ())
-        _refresh(model, model, ())
+            swap.refresh(module, (), root=False)
+        swap.refresh(model, (), root=False)
         for key, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(flags.get(key, parameter.requires_grad))
         return model
     for _, module in list(sites_of(model)):
-        _refresh(model, module, ())
+        swap.refresh(module, (), root=module is model)
     activate(model, *(n for n in record.active if n in remaining))
     return model
 
 
 def restore(model: nn.Module) -> None:
-    """Puts back the parameters that a merge changed, every bit, and the adapters on the path; nothing merged: nothing."""
+    """Puts back every bit of what a merge changed, and the adapters on the path; nothing merged: nothing."""
     record = record_of(model)
     if not record.merged:
         return

@@ -117,7 +117,16 @@ def test_write_replaces_a_folder_at_the_place_of_one_of_its_files(tmp_path):
     assert number_in(tmp_path / "a") == 1
 
 
-CALLS = ("os.fsync", "os.open", "os.link", "os.rename", "os.mkdir", "os.scandir", "os.close", "pathlib.Path.write_bytes")
+CALLS = (
+    "os.fsync",
+    "os.open",
+    "os.link",
+    "os.rename",
+    "os.mkdir",
+    "os.scandir",
+    "os.close",
+    "pathlib.Path.write_bytes",
+)
 
 
 def calls_made(monkeypatch, path, act):

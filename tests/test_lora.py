@@ -43,7 +43,9 @@ class One(nn.Module):
 
 
 def wrapped(kind="linear", bias=True, dtype=torch.float64, **fields):
-    model = peftkit.wrap(One(kind, bias, dtype), peftkit.LoRA(r=RANK, lora_alpha=ALPHA, target_modules=["site"], **fields))
+    model = peftkit.wrap(
+        One(kind, bias, dtype), peftkit.LoRA(r=RANK, lora_alpha=ALPHA, target_modules=["site"], **fields)
+    )
     _, adapter = next(adapters_of(model, "default"))
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -71,7 +73,9 @@ def dense(model, adapter, x, scale=ALPHA / RANK, norms=None):
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}], ids=["plain", "dora", "bias", "rslora"]
+    "fields",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}],
+    ids=["plain", "dora", "bias", "rslora"],
 )
 @pytest.mark.parametrize("shape", [(ROWS, INSIDE), (2, 3, INSIDE), (INSIDE,)])
 def test_lora_output_and_gradients_equal_dense_definition(kind, bias, fields, shape):
@@ -186,7 +190,9 @@ def test_lora_dropout_acts_on_the_input_of_the_update_in_training_only():
     found = model(x)
     torch.manual_seed(1)
     dropped = F.dropout(x, 0.5)
-    expected = model.site.bias + x @ model.site.weight.T + ALPHA / RANK * (dropped @ adapter.lora_A.T) @ adapter.lora_B.T
+    expected = (
+        model.site.bias + x @ model.site.weight.T + ALPHA / RANK * (dropped @ adapter.lora_A.T) @ adapter.lora_B.T
+    )
     assert torch.allclose(found, expected, atol=1e-12)
     assert not torch.allclose(found, model(x))
 
@@ -347,7 +353,9 @@ def test_lora_sees_the_bias_and_weight_that_another_active_adapter_trains(fields
     assert torch.allclose(found, expected, atol=1e-12)
     wanted = [*own.parameters(), *adapter.parameters()]
     for a, b in zip(
-        torch.autograd.grad(found.square().sum(), wanted), torch.autograd.grad(expected.square().sum(), wanted), strict=True
+        torch.autograd.grad(found.square().sum(), wanted),
+        torch.autograd.grad(expected.square().sum(), wanted),
+        strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-10)
     with torch.no_grad():

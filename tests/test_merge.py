@@ -11,7 +11,8 @@ from torch import nn
 
 import peftkit
 from peftkit.errors import MergeError, StateError
-from peftkit.wrap import CHILD, adapters_of, is_wrapped
+from peftkit.swap import CHILD
+from peftkit.wrap import adapters_of, is_wrapped
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "mlp")
 VARIANTS = {
@@ -205,7 +206,9 @@ def test_merge_refuses_overflow_of_the_stored_dtype_and_changes_nothing():
 def test_merge_refuses_a_tied_weight_by_name():
     model = adapted("gpt2", target_modules=["wte", "c_attn"])
     before = picture(model)
-    with pytest.raises(MergeError, match=r"transformer\.wte\.weight is tied to lm_head\.weight: merging would change both"):
+    with pytest.raises(
+        MergeError, match=r"transformer\.wte\.weight is tied to lm_head\.weight: merging would change both"
+    ):
         peftkit.merge(model)
     assert picture(model) == before
 

@@ -549,6 +549,31 @@ def test_folder_of_peftkit_loads_in_peft_and_computes_the_same(name: str, backbo
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra", "DebertaV2"])
+def test_classifier_by_position_0_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    config = getattr(transformers, kind + "Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        embedding_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    base = getattr(transformers, kind + "ForSequenceClassification")(config).eval()
+    ours = peftkit.wrap(copy.deepcopy(base), PROMPT)
+    peftkit.save(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    ids = tokens()
+    _same(output(theirs, input_ids=ids, attention_mask=torch.ones_like(ids)), output(ours, input_ids=ids))
+
+
 def test_peft_shares_halves_of_an_encoder_decoders_prefix(tmp_path: Path) -> None:
     """What a folder of peft means for T5: layer l has the parts 4 l and 4 l + 1 modulo 2 L of one tensor."""
     import peft

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import peft
@@ -18,7 +17,6 @@ from torch import nn
 
 import peftkit
 from peftkit.errors import CheckpointError
-from peftkit.testing.backbones import BACKBONES
 
 pytestmark = [
     # peft's own use of transformers, which is not what is tested here.
@@ -298,7 +296,9 @@ def test_copy_of_a_base_embedding_in_a_folder_is_checked(tmp_path):
     other = built("llama")
     with torch.no_grad():
         other.model.embed_tokens.weight[3, 3] += 1
-    with pytest.raises(peftkit.errors.BaseMismatchError, match=r"embed_tokens\.base_layer\.weight is a copy of the base"):
+    with pytest.raises(
+        peftkit.errors.BaseMismatchError, match=r"embed_tokens\.base_layer\.weight is a copy of the base"
+    ):
         peftkit.load(other, tmp_path)
     peftkit.load(other, tmp_path, ignore=("base",))
 
@@ -374,6 +374,7 @@ for name, (method, fields) in json.loads({work!r}).items():
 """
 
 
+@pytest.mark.slow
 def test_folders_are_the_same_bytes_in_every_process(tmp_path):
     here = Path(__file__).parent
     work = {method: (method, fields_for(method, next(iter(cases)), "llama")) for method, cases in CASES.items()}

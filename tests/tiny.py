@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import peftkit
 from peftkit.testing.backbones import BACKBONES
 from peftkit.wrap import adapters_of
 
@@ -49,7 +51,9 @@ def randomise(model: nn.Module, name: str = "default", seed: int = 1) -> nn.Modu
 
 def bits(tensor: Tensor) -> bytes:
     """The tensor's bytes, so that -0.0 differs from 0.0 and a NaN equals itself."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() + str(tensor.dtype).encode()
+    return (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() + str(tensor.dtype).encode()
+    )
 
 
 def _identity(value: Any) -> Any:
@@ -76,3 +80,36 @@ def picture(model: nn.Module) -> dict[str, Any]:
         "flags": {key: value.requires_grad for key, value in model.named_parameters(remove_duplicate=False)},
         "generator": bits(torch.get_rng_state()),
     }
+
+
+def lora(**fields: Any) -> peftkit.LoRA:
+    """A LoRA on every projection, of a size that fits tiny models."""
+    return peftkit.LoRA(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **fields})
+
+
+def fitted(model: nn.Module, **fields: Any) -> nn.Module:
+    """The same model with a random adapter that changes its output, the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomise(peftkit.wrap(model, lora(**fields)))
+
+
+def adapted(name: str, **fields: Any) -> nn.Module:
+    """A tiny model with a random adapter that changes its output, the same every time."""
+    return fitted(built(name), **fields)
+
+
+def ddp_worker(rank: int, folder: str) -> None:
+    """One of two processes that train together, each on its half of the batch; here, where nothing slow is imported."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    model = adapted("mlp")
+    runner = nn.parallel.DistributedDataParallel(model)
+    half = {key: value[3 * rank : 3 * rank + 3] for key, value in batch("mlp", model).items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    F.cross_entropy(runner(half["x"]), half["labels"]).backward()
+    optimizer.step()
+    torch.save({key: parameter.detach() for key, parameter in model.named_parameters()}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()

@@ -78,14 +78,23 @@ def _plain_linear(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tup
     if type(call) is not functools.partial or call.func is not nn.Linear.forward or not functional.plain_gradients(x):
         return None
     # As attributes, so that a trained bias or weight of another active adapter is seen.
-    weight, bias = module.weight, module.bias
-    if not isinstance(weight, Tensor) or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
+    weight: Any = module.weight
+    bias: Any = module.bias
+    if (
+        not isinstance(weight, Tensor)
+        or weight.dtype != x.dtype
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         return None
     return weight, bias
 
 
 class LoraAdapter(Adapter):
     """h = W x + scale * B A x, with A (r, in) and B (out, r)."""
+
+    start_A: Tensor
+    start_B: Tensor
 
     def __init__(self, site: Site, cfg: LoRA) -> None:
         super().__init__()
@@ -147,7 +156,7 @@ class EmbeddingAdapter(LoraAdapter):
 
     def forward(self, module: nn.Module, call: Callable[..., Any], x: Tensor) -> Tensor:
         """Args: x (...), token ids. Returns: (..., out)."""
-        out = call(x)
+        out: Tensor = call(x)
         down, up = self.factors()
         rows = F.linear(F.embedding(x, down.t()), up)
         return out + (self.scale * rows).to(out.dtype)
@@ -292,8 +301,8 @@ def _start_from_weight(adapter: LoraAdapter, weight: Tensor, rank: int, init: st
         q, r = torch.linalg.qr(weight)
         adapter.lora_A.copy_(r[:rank])
         adapter.lora_B.copy_(q[:, :rank])
-    adapter.start_A.copy_(adapter.lora_A)  # type: ignore[operator]  # a buffer
-    adapter.start_B.copy_(adapter.lora_B)  # type: ignore[operator]  # a buffer
+    adapter.start_A.copy_(adapter.lora_A)
+    adapter.start_B.copy_(adapter.lora_B)
 
 
 def write_config(planned: Any, fields: dict[str, Any]) -> dict[str, Any]:

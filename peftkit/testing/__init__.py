@@ -1,4 +1,4 @@
-"""The public conformance kit: checks(method) gives the laws that a method's declarations call for; BACKBONES runs them."""
+"""The public conformance kit: checks(method) gives the laws that a method declares; BACKBONES are what they run on."""
 
 from peftkit.testing.backbones import BACKBONES, Backbone
 from peftkit.testing.checks import Check, checks

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftkit.errors import StateError
 from peftkit.spec import Method
 from peftkit.testing import forward, lifecycle, planning
 from peftkit.testing.backbones import Backbone
@@ -102,7 +103,12 @@ def checks(method: Method, config: Any = None, *, starts_as_identity: bool | Non
         method: registered or not; while a check runs it is.
         config: the config to check with; None: the method's default.
         starts_as_identity: whether this config starts so, where it differs from what the method declares.
+
+    Raises:
+        StateError: Python was started with -O.
     """
+    if not __debug__:
+        raise StateError("python -O removes the assertions that the checks consist of; run without it")
     chosen = method.config() if config is None else config
     identity = method.starts_as_identity if starts_as_identity is None else starts_as_identity
     return tuple(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import methods, plan, wrap
-from peftkit.errors import BackboneError, ConfigError, TargetError
+from peftkit.errors import BackboneError, ConfigError, PeftkitError, TargetError
 from peftkit.plan import Plan
 from peftkit.spec import Adapter, Method
 from peftkit.testing.backbones import Backbone
@@ -38,8 +38,24 @@ def registered(method: Method) -> Iterator[None]:
     if method.name in methods.METHODS:
         raise ConfigError(f"another method is named {method.name!r}; choose another name")
     known = {**methods.METHODS, method.name: method}
-    with mock.patch.object(methods, "_all", lambda: known):
+    with mock.patch.object(methods, "_all", return_value=known):
         yield
+
+
+@contextlib.contextmanager
+def refusal(kind: type[PeftkitError], word: str, otherwise: str) -> Iterator[None]:
+    """Raises AssertionError unless the block raises an error of this kind whose message holds `word`.
+
+    Args:
+        otherwise: what to say when nothing is raised.
+    """
+    try:
+        yield
+    except kind as error:
+        if word not in str(error):
+            raise AssertionError(f"the {kind.__name__} does not name {word!r}: {error}") from error
+    else:
+        raise AssertionError(otherwise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +106,10 @@ class Subject:
             return plan(model, self.config)
         except (TargetError, BackboneError) as error:
             named = (self.method.name, type(model).__name__, self.backbone.name, _model_type(model))
-            assert any(word and word in str(error) for word in named), (
-                f"{self.method.name} refuses {self.backbone.name} without naming the method or the model: {error}"
-            )
+            if not any(word and word in str(error) for word in named):
+                raise AssertionError(
+                    f"{self.method.name} refuses {self.backbone.name} without naming the method or the model: {error}"
+                ) from error
             raise Refused(f"{self.method.name} refuses {self.backbone.name}: {error}") from error
 
     def __str__(self) -> str:
