@@ -68,7 +68,7 @@ def base_tensors(
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{"dtype": of each tensor, "digests": of each tensor by dtype}, plain values for JSON; meta tensors are left out."""
+    """{"dtype": of each tensor, "digests": of each tensor by dtype}, plain values; meta tensors are left out."""
     kept = {n: t for n, t in tensors.items() if not t.is_meta and t.is_floating_point()}
     return {n: {"dtype": str(t.dtype).removeprefix("torch."), **digests(t)} for n, t in sorted(kept.items())}
 

@@ -1,4 +1,4 @@
-"""Adapter folders on disk: read without trust, written so that a reader sees the old one or the new one, never a mix."""
+"""Adapter folders on disk: read without trust, written so that a reader sees the old or the new one, never a mix."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if content is None:
         raise CheckpointError(
-            f"{path} is no regular file of at most {LARGEST_CONFIG:,} bytes, as every adapter config is; it was not read"
+            f"{path} is no regular file of at most {LARGEST_CONFIG:,} bytes, as adapter configs are; it was not read"
         )
     try:
         found = json.loads(content, parse_constant=_no_constant)
@@ -75,7 +75,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             if (folder / name).exists():
                 raise CheckpointError(
                     f"{folder} holds its weights as a pickle ({name}), which can run code when it is opened; peftkit "
-                    "never opens one. Convert it to safetensors where you trust it: torch.load, then safetensors.torch.save_file"
+                    "never opens one. Convert it to safetensors where you trust it (torch.load, then "
+                    "safetensors.torch.save_file)"
                 )
         raise CheckpointError(f"{path} does not exist; the folder is not a complete adapter")
     try:

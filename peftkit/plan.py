@@ -1,4 +1,4 @@
-"""(model, config) -> Plan: the sites, their shapes and the exact number of trainable parameters. Reads, never writes."""
+"""(model, config) -> Plan: the sites, their shapes and the exact number of trainable parameters. Reads only."""
 
 from __future__ import annotations
 
@@ -138,7 +138,10 @@ def _notes(
         if site.role in ("weight", "embedding") and method.attach is Attach.WEIGHT:
             others = [n for n in shared_by.get(f"{site.path}.weight", ()) if n != f"{site.path}.weight"]
             if others:
-                yield f"{site.path}.weight is tied with {', '.join(others)}: the adapter acts here only, and cannot be merged"
+                yield (
+                    f"{site.path}.weight is tied with {', '.join(others)}: "
+                    "the adapter acts here only, and cannot be merged"
+                )
 
 
 def _table(found: Plan) -> str:

@@ -262,7 +262,7 @@ class PeftFormat:
 
     peft_type: str
     prefix: str = "base_model.model."
-    """What precedes the paths of modules trained whole; methods that peft keeps outside the model have "base_model."."""
+    """What precedes the paths of modules trained whole; "base_model." for methods that peft keeps outside the model."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Tensor name in the adapter -> tensor name on disk, where they differ."""
     pack: Callable[[Any, State], dict[str, Tensor]] | None = None

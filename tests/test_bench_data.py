@@ -176,5 +176,7 @@ class A:
 
 def test_source_files_are_never_imported(tmp_path: Path) -> None:
     roots = write_sources(tmp_path / "src")
-    (roots["alpha"] / "bomb.py").write_text('"""Text that is long enough to be taken for an example."""\nraise SystemExit')
+    (roots["alpha"] / "bomb.py").write_text(
+        '"""Text that is long enough to be taken for an example."""\nraise SystemExit'
+    )
     assert docstring_origin(["alpha", "beta"], train=60, validation=12, test=24, roots=roots, cache=tmp_path).train

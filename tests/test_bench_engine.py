@@ -212,7 +212,9 @@ def test_failures_are_raised_at_the_end_with_what_to_do(
     assert [r.contender for r in record.read(tmp_path / "out")] == ["Fixed", "Bottleneck", "Full", "Head"]
 
 
-def test_search_runs_every_rate_and_predicts_validation(suite_path: Path, in_process: list[str], tmp_path: Path) -> None:
+def test_search_runs_every_rate_and_predicts_validation(
+    suite_path: Path, in_process: list[str], tmp_path: Path
+) -> None:
     contenders = {"LoRA": {"method": "lora"}, "Head": {"method": "head"}}
     path = edited(suite_path, contenders=contenders, tune={"learning_rates": [0.001, 0.01]})
     run(path, tmp_path / "out", progress=False)
@@ -234,7 +236,11 @@ def test_dry_run_counts_exactly_and_runs_nothing(suite_path: Path, in_process: l
     [
         ({"method": "lora"}, SuiteError, "contenders, X: the key 'learning_rate' is missing"),
         ({"method": "lroa", "learning_rate": 1.0}, BenchError, "contender X: no method 'lroa'; did you mean 'lora'"),
-        ({"method": "lora", "learning_rate": 1.0, "config": {"rank": 3}}, BenchError, "contender X: LoRA has no field 'rank'"),
+        (
+            {"method": "lora", "learning_rate": 1.0, "config": {"rank": 3}},
+            BenchError,
+            "contender X: LoRA has no field 'rank'",
+        ),
         ({"method": "prompt", "learning_rate": 1.0, "config": {}}, None, ""),
     ],
 )
@@ -269,7 +275,9 @@ def test_batches_are_one_a_step_and_hold_every_row_once_an_epoch(suite_path: Pat
     batches = task.batches(prepared, suite, seed=0)
     assert [b["input_ids"].shape[0] for b in batches] == [8, 8, 8, 8]
     rows = sorted(
-        tuple(ids[mask.bool()].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+        tuple(ids[mask.bool()].tolist())
+        for b in batches
+        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
     )
     assert rows == sorted(prepared.train.tokens)
     again = task.batches(prepared, suite, seed=0)

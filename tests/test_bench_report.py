@@ -71,7 +71,9 @@ def test_words_say_which_differences_are_significant_and_which_are_not(tmp_path:
     assert "It cannot be told apart from LoRA and AdaLoRA." in markdown
     assert re.search(r"Most accuracy for the fewest parameters: LoRA, 70\.0 ± \S+ % with 5,100 trainable", markdown)
     assert "cannot be told apart: LoRA and AdaLoRA; significantly worse: (IA)³ and Prefix." in markdown
-    assert re.search(r"\*\*LoRA\*\* \(70\.0 %\): significantly better than \(IA\)³, Prefix and Head only; cannot be", markdown)
+    assert re.search(
+        r"\*\*LoRA\*\* \(70\.0 %\): significantly better than \(IA\)³, Prefix and Head only; cannot be", markdown
+    )
     assert "Holm's correction over all 15 pairs" in markdown
     assert "“Cannot be told apart” does not mean equal" in markdown
 
@@ -129,7 +131,9 @@ def test_records_from_two_machines_are_said() -> None:
 
 
 def test_other_data_make_a_section_of_their_own(tmp_path: Path) -> None:
-    other = [dataclasses.replace(r, data={**r.data, "hash": "d1"}, started="2026-02-01T00:00:00+00:00") for r in standard()]
+    other = [
+        dataclasses.replace(r, data={**r.data, "hash": "d1"}, started="2026-02-01T00:00:00+00:00") for r in standard()
+    ]
     markdown, _ = written(tmp_path, [*standard(), *other])
     assert markdown.count("# A made-up comparison") == 2
     assert "(accuracy.png)" in markdown

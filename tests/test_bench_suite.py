@@ -53,7 +53,11 @@ def test_suite_that_tunes_predicts_the_validation_split() -> None:
     [
         ("sedes", [0], r"the suite: unknown key 'sedes'; did you mean 'seeds'"),
         ("training.step", 3, r"training: unknown key 'step'; did you mean 'steps'"),
-        ("contenders.LoRA.learning_rat", 1, r"contenders.LoRA: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        (
+            "contenders.LoRA.learning_rat",
+            1,
+            r"contenders.LoRA: unknown key 'learning_rat'; did you mean 'learning_rate'",
+        ),
         ("contenders.LoRA.subject", "peftkt", r"contenders, LoRA, subject: did you mean 'peftkit'"),
         ("seeds", 3, r"seeds: expected a list, found 3"),
         ("seeds", [0, 0], r"seeds: expected different numbers"),
@@ -110,7 +114,11 @@ def test_quick_suite_differs_from_its_search_in_rates_only() -> None:
     assert tune.tune is not None
     for name, searched in tune.contenders.items():
         contender = quick.contenders[name]
-        assert (contender.method, contender.config, contender.budget) == (searched.method, searched.config, searched.budget)
+        assert (contender.method, contender.config, contender.budget) == (
+            searched.method,
+            searched.config,
+            searched.budget,
+        )
         assert contender.learning_rate in tune.tune.learning_rates
     untuned = set(quick.contenders) - set(tune.contenders)
     assert all(quick.contenders[name].learning_rate is None for name in untuned)

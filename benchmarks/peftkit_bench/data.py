@@ -45,7 +45,9 @@ _STEMS = ("numpy", "scipy", "sympy", "networkx", "torch", "matplotlib", "pyplot"
           "safetensors", "tokenizers", "pygments")  # fmt: skip
 _WORDS = ("np", "sp", "plt", "mpl", "nx", "pd", "tf", "jax", "flax", "cupy", "dask", "python", "python2", "python3",
           "transformers", "diffusers", "aten", "pep", "posix", "stdlib", "pil", "caffe2", "onnx")  # fmt: skip
-_SECTION = re.compile(r"^\s*(args|arguments|parameters?|returns?|raises?|yields?|examples?|notes?|usage)\s*:?\s*$", re.I)
+_SECTION = re.compile(
+    r"^\s*(args|arguments|parameters?|returns?|raises?|yields?|examples?|notes?|usage)\s*:?\s*$", re.I
+)
 _ROLE = re.compile(r":[\w:+-]+:`~?([^`]*)`")
 _LINK = re.compile(r"\b(?:https?|ftp)://\S+|\bwww\.\S+")
 _DOTTED = re.compile(r"\b[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+\b")

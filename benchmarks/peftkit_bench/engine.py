@@ -119,7 +119,9 @@ def dry_run(suite_path: Path) -> str:
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     head = f"{suite.title}: {len(planned)} cells, predicting the {suite.split} split"
@@ -291,7 +293,9 @@ def run_cell(job: Job) -> Record:
         torch.manual_seed(cell.seed)
         model = task.model(prepared).to(device)
         model = subject.attach(model, cell.contender.method, cell.resolved.fields)
-        batches = [{key: value.to(device) for key, value in b.items()} for b in task.batches(prepared, suite, cell.seed)]
+        batches = [
+            {key: value.to(device) for key, value in b.items()} for b in task.batches(prepared, suite, cell.seed)
+        ]
         memory.start()
         with measure.timed() as training:
             losses = _train(job, model, batches)

@@ -198,7 +198,9 @@ def writer(directory: Path) -> Iterator[Writer]:
             try:
                 fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RecordError(f"{path} is being written by another run; wait for it or choose another --out") from None
+                raise RecordError(
+                    f"{path} is being written by another run; wait for it or choose another --out"
+                ) from None
         raw.seek(0)
         content = raw.read()
         raw.truncate(content.rfind(b"\n") + 1)

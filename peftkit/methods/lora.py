@@ -35,7 +35,7 @@ class LoRA(Config):
     use_dora: bool = False
     """Train magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
     init_lora_weights: bool | Init = True
-    """True: B = 0; "gaussian", "orthogonal"; "pissa" (arXiv:2404.02948), "olora" (arXiv:2406.01775); False: B random."""
+    """True: B = 0; "gaussian", "orthogonal"; "pissa" (arXiv:2404.02948); "olora" (arXiv:2406.01775); False: random B."""
     lora_bias: bool = False
     """Whether B has a bias."""
     rank_pattern: Mapping[str, int] | None = None
@@ -44,6 +44,7 @@ class LoRA(Config):
     """Pattern for the end of a module path -> its lora_alpha."""
 
     def validate(self) -> None:
+        """Raises ConfigError unless r, lora_dropout and init_lora_weights are in range and fit together."""
         self.require(self.r >= 1, f"r must be at least 1, found {self.r}")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout must lie in [0, 1), found {self.lora_dropout}")
         known = (True, False, "gaussian", "orthogonal", "pissa", "olora")

@@ -139,9 +139,9 @@ def grouped(records: Sequence[Record]) -> list[list[Record]]:
     """Records that can be compared: of one suite, data set, backbone and split; the newest group first."""
     groups: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
-        groups[(record.suite, record.split, record.data["hash"], record.backbone["name"], record.backbone["hash"])].append(
-            record
-        )
+        groups[
+            (record.suite, record.split, record.data["hash"], record.backbone["name"], record.backbone["hash"])
+        ].append(record)
     return sorted(groups.values(), key=lambda group: max(r.started for r in group), reverse=True)
 
 
@@ -250,7 +250,11 @@ def answer(found: Findings) -> list[str]:
     if thrifty is best:
         sentences.append(
             f"Most accuracy for the fewest parameters: {best.name}; "
-            + ("of those that cannot be told apart it also trains the fewest parameters." if others else "nothing with fewer parameters comes near it.")
+            + (
+                "of those that cannot be told apart it also trains the fewest parameters."
+                if others
+                else "nothing with fewer parameters comes near it."
+            )
         )
     else:
         comparison = found.between(best.name, thrifty.name)

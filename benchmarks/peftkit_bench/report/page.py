@@ -60,7 +60,9 @@ def _place(path: Path, text: str) -> None:
 
 def _environment(*, html: bool) -> jinja2.Environment:
     made = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (resources.files(__package__) / "templates" / name).read_text("utf-8")),
+        loader=jinja2.FunctionLoader(
+            lambda name: (resources.files(__package__) / "templates" / name).read_text("utf-8")
+        ),
         autoescape=html,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -99,7 +101,9 @@ def _section(group: Sequence[Record], out: Path, index: int) -> dict[str, Any]:
         "how": _how(found),
         "images": {name: f"{name}{suffix}.png" for name in figures},
         "svgs": {
-            name: Markup(plots.unique_ids(plots.svg(figure), f"{shared['anchor']}-{name}"))  # made by matplotlib from records
+            name: Markup(
+                plots.unique_ids(plots.svg(figure), f"{shared['anchor']}-{name}")
+            )  # made by matplotlib from records
             for name, figure in figures.items()
         },
     }
@@ -170,7 +174,9 @@ def _how(found: Findings) -> list[tuple[str, str]]:
     accuracy = found.rows[0].accuracy
     seeds = sorted({seed for row in found.rows for seed in row.seeds})
     budget = (
-        f"; where a method has a size to set, it was solved for at most {first.budget:,} of them" if first.budget else ""
+        f"; where a method has a size to set, it was solved for at most {first.budget:,} of them"
+        if first.budget
+        else ""
     )
     return [
         ("Trainable parameters", f"exact counts of the method's own parameters; the classification head, "

@@ -298,7 +298,12 @@ def ranking_figure(found: Findings) -> Figure:
                 (high + 0.04 * room, place), va="center", fontsize=10,
             )  # fmt: skip
             axes.annotate(
-                short_count(row.trainable), (high + 0.33 * room, place), va="center", ha="right", fontsize=10, color=MUTED
+                short_count(row.trainable),
+                (high + 0.33 * room, place),
+                va="center",
+                ha="right",
+                fontsize=10,
+                color=MUTED,
             )
         axes.annotate("accuracy, %", (high + 0.04 * room, -0.95), va="center", fontsize=9, color=MUTED,
                       annotation_clip=False)  # fmt: skip
@@ -331,7 +336,9 @@ def svg(figure: Figure) -> str:
         text = text.replace(fixed, f"var({variable})")
     text = re.sub(r"(?:#ffffff|white)\b", "var(--paper)", text)
     # The page decides the size; the viewBox keeps the shape.
-    return re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1), count=1)
+    return re.sub(
+        r'^(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1), count=1
+    )
 
 
 def unique_ids(text: str, prefix: str) -> str:
