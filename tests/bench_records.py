@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from peftkit_bench.record import Record
 
 EXAMPLES, CLASSES = 400, 4
@@ -65,8 +64,8 @@ def made_up(contender: str, accuracy: float, parameters: int, seed: int = 0, **c
         "latency_rows": 1,
         "latency_tokens": 32,
         "threads": 2,
-        "environment": {"processor": "made up", "cores": 2, "memory_bytes": 2**34, "system": "Linux", "python": "3.11.0",
-                        "versions": {"peftkit": "0"}, "commit": "abc", "device": "cpu"},
+        "environment": {"processor": "made up", "cores": 2, "memory_bytes": 2**34, "system": "Linux",
+                        "python": "3.11.0", "versions": {"peftkit": "0"}, "commit": "abc", "device": "cpu"},
         "started": "2026-01-01T00:00:00+00:00",
         "cell_seconds": 15.0,
     }  # fmt: skip

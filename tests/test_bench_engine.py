@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-import peftkit
 from peftkit_bench import engine, measure, record
 from peftkit_bench.engine import BenchError, Cell, Job, cells, dry_run, run, run_cell
 from peftkit_bench.record import Record
 from peftkit_bench.suite import SuiteError, load
 from peftkit_bench.task import SequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+import peftkit
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from bench_records import made_up
-
 from peftkit_bench import record
 from peftkit_bench.record import FILE, Record, RecordError
 

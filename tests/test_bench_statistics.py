@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
-
 from peftkit_bench.statistics import compare_all, correct_table, estimate, holm, paired_test, pareto
+from scipy import stats
 
 
 def test_correct_table_compares_each_prediction_with_its_label() -> None:

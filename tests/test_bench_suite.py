@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-
-import peftkit
 from peftkit_bench import suite
 from peftkit_bench.suite import SuiteError, load, parse
+
+import peftkit
 
 SUITES = Path(__file__).parents[1] / "benchmarks" / "suites"
 GOOD: dict[str, Any] = {

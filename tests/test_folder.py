@@ -365,7 +365,7 @@ def test_pickle_is_never_opened(name, tmp_path):
     write(tmp_path / "a", 1)
     (tmp_path / "a" / folder.WEIGHTS).unlink()
     torch.save(Planted(tmp_path / "ran"), tmp_path / "a" / name)
-    with pytest.raises(CheckpointError, match="as a pickle|is not a complete safetensors file"):
+    with pytest.raises(CheckpointError, match=r"as a pickle|is not a complete safetensors file"):
         folder.read_tensors(tmp_path / "a")
     assert not (tmp_path / "ran").exists()
     trap = tmp_path / "a" / name
@@ -406,7 +406,7 @@ def test_json_that_is_no_regular_file_is_refused_unread(tmp_path):
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(folder.LARGEST_CONFIG + 1)
     for name in ("folder", "pipe", "huge", "loop"):
-        with pytest.raises(CheckpointError, match="no regular file|Too many levels of symbolic links"):
+        with pytest.raises(CheckpointError, match=r"no regular file|Too many levels of symbolic links"):
             folder.read_json(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""Merging: what is stored is what was meant, it is measured truthfully, and taken back it leaves every bit as it was."""
+"""Merging: what is stored is what was meant, it is measured truthfully, and unmerging restores every bit."""
 
 from __future__ import annotations
 

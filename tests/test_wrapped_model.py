@@ -353,6 +353,7 @@ def test_ddp_trains_as_one_process_does(tmp_path):
         assert torch.allclose(value, wanted, atol=1e-6), key
 
 
+@pytest.mark.slow
 def test_ddp_on_two_processes_averages_adapter_gradients(tmp_path):
     torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))

@@ -273,8 +273,8 @@ def telltale_names(texts: Mapping[str, Sequence[str]], modules: Mapping[str, set
 def mask(text: str, telltales: frozenset[str] = frozenset(), modules: frozenset[str] = frozenset()) -> str:
     """The text without the names that give its origin away.
 
-    Masked are links, dotted references, names and aliases of well-known packages, the given telltale names, and module names
-    where the text marks them as code.
+    Masked are links, dotted references, names and aliases of well-known packages, the given telltale names, and
+    module names where the text marks them as code.
     """
     text = _ROLE.sub(lambda found: f"`{found[1]}`", text)
     text = _DOTTED.sub(MASK, _LINK.sub(MASK, text))

@@ -1,4 +1,4 @@
-"""Runs the cells of a suite, each in a process of its own, and appends a record for each; finished cells stay finished."""
+"""Runs the cells of a suite, each in a process of its own, and appends a record for each; what is done stays done."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def run(suite_path: Path, out: Path, *, jobs: int = 1, progress: bool = True) ->
 
 
 def dry_run(suite_path: Path) -> str:
-    """What a run would do: contenders with their solved sizes, exact parameter counts and learning rates, as a table."""
+    """What a run would do, as a table: contenders with solved sizes, exact parameter counts and learning rates."""
     suite = load(suite_path)
     prepared = TASKS[suite.task]().prepare(suite)
     planned = cells(suite, prepared)
@@ -204,9 +204,8 @@ def _run_cells(
     )
     with Progress(*columns, console=console, transient=True) as bar:
         shown = bar.add_task("running", total=len(pending), left="")
-        start, done = time.monotonic(), 0
-        for cell, outcome in _outcomes(context, waiting, jobs):
-            done += 1
+        start = time.monotonic()
+        for done, (cell, outcome) in enumerate(_outcomes(context, waiting, jobs), start=1):
             left = (time.monotonic() - start) / done * (len(pending) - done)
             bar.update(shown, completed=done, left=f"about {_duration(left)} left")
             if isinstance(outcome, Record):
@@ -231,7 +230,7 @@ def _duration(seconds: float) -> str:
 
 
 def _context(prepared: Prepared) -> BaseContext:
-    """Where workers come from: forked from a process that has done the imports and nothing else, where there is fork."""
+    """Where workers come from: forks of a process that has done the imports and nothing else, where there is fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -253,15 +252,16 @@ def _outcomes(context: BaseContext, waiting: Iterator[Job], jobs: int) -> Iterat
                 running[receiver] = (process, job.cell)
             if not running:
                 return
-            for receiver in connection.wait(list(running)):
-                process, cell = running.pop(receiver)
+            for ready in connection.wait(list(running)):
+                source: Any = ready
+                process, cell = running.pop(source)
                 try:
-                    outcome = receiver.recv()  # type: ignore[union-attr]  # only receivers were waited for
+                    outcome = source.recv()
                 except EOFError:
                     process.join()
                     outcome = f"the process ended with status {process.exitcode} before the cell was finished"
                 process.join()
-                receiver.close()  # type: ignore[union-attr]
+                source.close()
                 yield cell, outcome
     finally:
         for process, _ in running.values():
@@ -284,7 +284,7 @@ def _work(sender: connection.Connection, job: Job) -> None:
 def run_cell(job: Job) -> Record:
     """The record of one cell: load, wrap, train, predict, save, merge, measure."""
     suite, prepared, cell = job.suite, job.prepared, job.cell
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     task, subject = TASKS[suite.task](), subjects.subject(cell.contender.subject)
     torch.set_num_threads(job.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -381,7 +381,7 @@ def _train(job: Job, model: nn.Module, batches: Iterable[dict[str, torch.Tensor]
     for batch in batches:
         optimizer.zero_grad()
         loss = task.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        loss.backward()
         nn.utils.clip_grad_norm_([*adapter, *head], training.clip_norm)
         optimizer.step()
         schedule.step()

@@ -60,7 +60,8 @@ class Comparison:
 
 def correct_table(predictions: Sequence[Sequence[int]], labels: Sequence[int]) -> Table:
     """1 where a prediction equals the label, else 0; (seeds, examples)."""
-    return (np.asarray(predictions) == np.asarray(labels)[None, :]).astype(float)
+    right: Table = np.equal(np.asarray(predictions), np.asarray(labels)[None, :]).astype(np.float64)
+    return right
 
 
 def estimate(table: Table, groups: Sequence[int] | None = None, confidence: float = CONFIDENCE) -> Estimate:

@@ -21,7 +21,7 @@ from peftkit_bench.suite import Backbone, Suite, SuiteError
 
 EVALUATION_ROWS = 128
 BUCKET = 8
-"""Batches are cut from this many batches' worth of shuffled rows, sorted by length: little padding, order still random."""
+"""Batches are cut from this many batches' worth of shuffled rows, sorted by length: little padding, still random."""
 
 
 @dataclass(frozen=True, kw_only=True)

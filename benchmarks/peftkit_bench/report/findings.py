@@ -272,7 +272,9 @@ def verdicts(found: Findings) -> list[tuple[Row, list[str], list[str], list[str]
     """For each row: the names it is significantly better than, those it cannot be told from, those better than it."""
     table = []
     for row in found.rows:
-        better, same, worse = [], [], []
+        better: list[str] = []
+        same: list[str] = []
+        worse: list[str] = []
         for other in found.rows:
             comparison = found.between(row.name, other.name)
             if other is row or comparison is None:
@@ -291,7 +293,9 @@ def baseline_sentences(found: Findings) -> list[str]:
     """What can be said against each baseline."""
     sentences = []
     for base in (row for row in found.rows if row.baseline):
-        better, same, worse = [], [], []
+        better: list[str] = []
+        same: list[str] = []
+        worse: list[str] = []
         for row in found.rows:
             comparison = found.between(row.name, base.name)
             if row.baseline or comparison is None:

@@ -80,14 +80,14 @@ def _section(group: Sequence[Record], out: Path, index: int) -> dict[str, Any]:
     first = group[0]
     shared = {"title": first.title, "suite": first.suite, "facts": _facts(group), "anchor": f"s{index}"}
     if words.is_search(group):
-        return {**shared, "kind": "search", "rates": (found := words.search(group)).rates, "rows": search_rows(found)}
+        searched = words.search(group)
+        return {**shared, "kind": "search", "rates": searched.rates, "rows": search_rows(searched)}
     found = words.findings(group)
     suffix = "" if index == 0 else f"-{index + 1}"
     figures = {"accuracy": plots.accuracy_figure(found), "ranking": plots.ranking_figure(found)}
     for name, figure in figures.items():
         figure.savefig(out / f"{name}{suffix}.png", dpi=PNG_DPI, facecolor="white")
-        with plots.mpl.rc_context(plots.STYLE):
-            figure.savefig(out / f"{name}{suffix}.svg", facecolor="white", metadata={"Date": None})
+        plots.save_svg(figure, out / f"{name}{suffix}.svg")
     return {
         **shared,
         "kind": "comparison",
@@ -149,60 +149,83 @@ def _facts(group: Sequence[Record]) -> list[tuple[str, str]]:
     """What the records share: data, backbone, training, machine."""
     first = max(group, key=lambda r: r.started)
     data, backbone, training, machine = first.data, first.backbone, first.training, first.environment
-    origins = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB memory" if machine["memory_bytes"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    texts = (
+        f"{data['name']} (hash {data['hash']}): {data['train']:,} training, {data['validation']:,} validation and "
+        f"{data['test']:,} test texts in {len(data['classes'])} classes; at most {data['max_tokens']} tokens"
+    )
+    model = (
+        f"{backbone['name']} ({backbone['class']}, {backbone['parameters']:,} parameters, weights "
+        f"{backbone['hash'] or 'from a hub'})"
+    )
+    schedule = (
+        f"{training['steps']} steps of {training['batch_size']} texts, AdamW, linear warm-up over "
+        f"{100 * training['warmup']:g} % of the steps and linear decay; weight decay {training['weight_decay']:g}, "
+        f"gradient norm at most {training['clip_norm']:g}; head at learning rate "
+        f"{training['head_learning_rate']:g} for every method"
+    )
+    computer = (
+        f"{machine['processor']}, {machine['cores']} cores{memory}, {first.threads} threads a cell, device "
+        f"{machine['device']}, {machine['system']}"
+    )
     return [
-        ("Data", f"{data['name']} (hash {data['hash']}): {data['train']:,} training, {data['validation']:,} validation and "
-                 f"{data['test']:,} test texts in {len(data['classes'])} classes; at most {data['max_tokens']} tokens"),
-        ("Classes", origins),
-        ("Backbone", f"{backbone['name']} ({backbone['class']}, {backbone['parameters']:,} parameters, weights "
-                     f"{backbone['hash'] or 'from a hub'})"),
-        ("Training", f"{training['steps']} steps of {training['batch_size']} texts, AdamW, linear warm-up over "
-                     f"{100 * training['warmup']:g} % of the steps and linear decay; weight decay "
-                     f"{training['weight_decay']:g}, gradient norm at most {training['clip_norm']:g}; head at learning rate "
-                     f"{training['head_learning_rate']:g} for every method"),
-        ("Machine", f"{machine['processor']}, {machine['cores']} cores{memory}, {first.threads} threads a cell, device "
-                    f"{machine['device']}, {machine['system']}"),
+        ("Data", texts),
+        ("Classes", ", ".join(f"{name} {version}" for name, version in data["versions"].items())),
+        ("Backbone", model),
+        ("Training", schedule),
+        ("Machine", computer),
         ("Versions", f"Python {machine['python']}, {versions}; commit {machine['commit'] or 'not in a repository'}"),
-    ]  # fmt: skip
+    ]
 
 
 def _how(found: Findings) -> list[tuple[str, str]]:
     """How each number was taken, in a sentence or two."""
     first = found.first
-    accuracy = found.rows[0].accuracy
-    seeds = sorted({seed for row in found.rows for seed in row.seeds})
+    seeds = ", ".join(map(str, sorted({seed for row in found.rows for seed in row.seeds})))
     budget = (
         f"; where a method has a size to set, it was solved for at most {first.budget:,} of them"
         if first.budget
         else ""
     )
-    return [
-        ("Trainable parameters", f"exact counts of the method's own parameters; the classification head, "
-                                 f"{first.head_parameters:,} parameters and trained by every method, comes on top, and is "
-                                 f"counted in the plots{budget}. “Kept” are those that remain where a method prunes, or "
-                                 "folds away what only training needs."),
-        ("Accuracy", f"mean over seeds {', '.join(map(str, seeds))} (order of the data, start of head and adapter, dropout) "
-                     f"on {len(first.labels):,} test texts, which nothing was chosen on."),
-        ("Intervals", "95 %, for other seeds and other texts: the variance of the seeds' means and the variance between "
-                      f"source files ({accuracy.groups} of them: texts of one file are not independent) are added, with "
-                      "Satterthwaite's degrees of freedom. What seeds and texts share in variance counts twice, so the "
-                      "interval errs on the wide side."),
-        ("Tests", "paired on the stored predictions: the difference of two methods on the same texts and seeds is estimated "
-                  f"the same way and tested with t; Holm's correction over all {len(found.comparisons)} pairs, level 5 %. "
-                  "“Cannot be told apart” does not mean equal: the intervals of the differences say how large a "
-                  "difference these data leave possible. Those intervals are not corrected."),
-        ("Learning rates", "each method's own, from the suite; see the suite for how they were found."),
-        ("Training time", "median over seeds of the wall-clock time of the training steps, without loading, tokenising and "
-                          "evaluation."),
-        ("Peak memory", f"median over seeds; {first.memory_method}. Full fine-tuning through peftkit keeps the frozen "
-                        "weights beside the trained ones, which is part of its number."),
-        ("On disk", "the saved adapter folder, head included."),
-        ("Latency", f"one forward pass of {first.latency_rows} row of {first.latency_tokens} tokens, median of 30 after 5 "
-                    "that do not count, then the median over seeds; the bare backbone was timed in the same process as each "
-                    "method. “–”: the method cannot be merged."),
-    ]  # fmt: skip
+    how = {
+        "Trainable parameters": (
+            f"exact counts of the method's own parameters; the classification head, {first.head_parameters:,} parameters "
+            f"and trained by every method, comes on top, and is counted in the plots{budget}. “Kept” are those that "
+            "remain where a method prunes, or folds away what only training needs."
+        ),
+        "Accuracy": (
+            f"mean over seeds {seeds} (order of the data, start of head and adapter, dropout) on {len(first.labels):,} "
+            "test texts, on which nothing was chosen."
+        ),
+        "Intervals": (
+            "95 %, for other seeds and other texts: the variance of the seeds' means and the variance between source "
+            f"files ({found.rows[0].accuracy.groups} of them: texts of one file are not independent) are added, with "
+            "Satterthwaite's degrees of freedom. What seeds and texts share in variance counts twice, so the interval "
+            "errs on the wide side."
+        ),
+        "Tests": (
+            "paired on the stored predictions: the difference of two methods on the same texts and seeds is estimated "
+            f"the same way and tested with t; Holm's correction over all {len(found.comparisons)} pairs, level 5 %. "
+            "“Cannot be told apart” does not mean equal: the intervals of the differences, which are not corrected, say "
+            "how large a difference these data leave possible."
+        ),
+        "Learning rates": "each method's own, as the suite gives them; the suite says how they were found.",
+        "Training time": (
+            "median over seeds of the wall-clock time of the training steps, without loading, tokenising and evaluation."
+        ),
+        "Peak memory": (
+            f"median over seeds; {first.memory_method}. Full fine-tuning through peftkit keeps the frozen weights beside "
+            "the trained ones, which is part of its number."
+        ),
+        "On disk": "the saved adapter folder, head included.",
+        "Latency": (
+            f"one forward pass of {first.latency_rows} row of {first.latency_tokens} tokens, median of 30 after 5 that do "
+            "not count, then the median over seeds; the bare backbone was timed in the same process as each method. “–”: "
+            "the method cannot be merged."
+        ),
+    }
+    return list(how.items())
 
 
 def search_rows(found: Search) -> list[tuple[str, list[str], str]]:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -107,7 +108,7 @@ def _accuracy(found: Findings) -> tuple[Figure, list[Label]]:
         _legend(axes, found)
         seeds = len({seed for row in rows for seed in row.seeds})
         axes.set_title(
-            f"{found.first.title}  ·  {seeds} {'seed' if seeds == 1 else 'seeds'}, {len(found.first.labels):,} test texts",
+            f"{found.first.title}  ·  {seeds} seed{'s' * (seeds != 1)}, {len(found.first.labels):,} test texts",
             loc="left", fontsize=12.5, fontweight="bold", pad=30,
         )  # fmt: skip
     return figure, labels
@@ -192,8 +193,8 @@ def _label_cluster(
 
     def hidden(made: Sequence[Label]) -> int:
         boxes = [label.box() for label in made]
-        over = sum(box.overlaps(other) for box in boxes for other in others)
-        return over + 10 * sum(box.x0 < inside.x0 or box.x1 > axes.figure.bbox.x1 for box in boxes)
+        over = sum(bool(box.overlaps(other)) for box in boxes for other in others)
+        return over + 10 * sum(bool(box.x0 < inside.x0 or box.x1 > axes.figure.bbox.x1) for box in boxes)
 
     right = _column(axes, cluster, places, side=1)
     cost = hidden(right)
@@ -292,7 +293,7 @@ def ranking_figure(found: Findings) -> Figure:
             axes.plot([100 * row.accuracy.low, 100 * row.accuracy.high], [place, place], color=own, linewidth=2.2,
                       alpha=0.55, solid_capstyle="round")  # fmt: skip
             axes.plot(value, place, marker=MARKERS[own], color=own, markersize=8, zorder=3,
-                      markerfacecolor=own if row.name in tied or not tied else "white", markeredgewidth=1.6)  # fmt: skip
+                      markerfacecolor="white" if tied and row.name not in tied else own, markeredgewidth=1.6)  # fmt: skip
             axes.annotate(
                 f"{percent(row.accuracy.mean)} ± {percent(row.accuracy.half_width)}",
                 (high + 0.04 * room, place), va="center", fontsize=10,
@@ -323,6 +324,12 @@ def ranking_figure(found: Findings) -> Figure:
         bottom = 0.62 / (1.15 + 0.36 * len(found.rows))
         figure.subplots_adjust(left=0.16, right=0.985, top=1 - 0.62 * bottom, bottom=bottom)
     return figure
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Writes the figure as an SVG file that is the same whenever it is made."""
+    with mpl.rc_context(STYLE):
+        figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def svg(figure: Figure) -> str:

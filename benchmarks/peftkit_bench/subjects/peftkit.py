@@ -59,7 +59,8 @@ class PeftkitSubject:
     def parameters(self, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """What is trained: of the method, and of the head."""
         heads = [site.path for site in record_of(model).plans["default"].extras]
-        adapter, head = [], []
+        adapter: list[nn.Parameter] = []
+        head: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (head if targets.inside(name, heads) else adapter).append(parameter)

@@ -33,7 +33,7 @@ class Subject(Protocol):
         """Name in the records."""
 
     def resolve(self, model: nn.Module, contender: Contender, budget: int | None) -> Resolved:
-        """The contender's config for this model, its size solved for the budget; the model may be on the meta device."""
+        """The contender's config for this model, its size solved for the budget; works on the meta device."""
 
     def attach(self, model: nn.Module, method: str, fields: Mapping[str, Any]) -> nn.Module:
         """The model, frozen and adapted."""
