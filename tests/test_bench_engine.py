@@ -61,13 +61,13 @@ def suite_path(backbone: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.
         },
     }
     path = tmp_path / "smoke.yaml"
-    path.write_text(yaml.safe_dump(made))
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
     return path
 
 
 def edited(path: Path, **changes: Any) -> Path:
     """The suite with top-level keys replaced."""
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}, sort_keys=False))
     return path
 
 

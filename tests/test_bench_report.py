@@ -184,7 +184,8 @@ def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
 def test_labels_of_the_accuracy_plot_do_not_overlap() -> None:
     rows = [
         ("Full fine-tuning", 0.71, 1_000_000, True, None), (HARD, 0.30, 0, True, None),
-        ("(IA)³", 0.50, 900, False, None), ("LayerNorm tuning", 0.5025, 800, False, None), ("BitFit", 0.55, 2600, False, None),
+        ("(IA)³", 0.50, 900, False, None), ("LayerNorm tuning", 0.5025, 800, False, None),
+        ("BitFit", 0.55, 2600, False, None),
     ] + [(f"Method {i}", 0.60 + 0.0025 * i, 5000 - 10 * i, False, "r") for i in range(9)]  # fmt: skip
     records = [
         made_up(name, accuracy, count, seed, baseline=base, knob=knob)

@@ -146,3 +146,10 @@ def test_planned_count_is_the_real_count_for_any_config(fields):
     peftkit.unwrap(model)
     assert {key for key, _ in model.named_parameters()} == before
     assert torch.device("meta") in {p.device for p in model.parameters()}
+
+
+@pytest.mark.parametrize("method", [peftkit.BitFit, peftkit.LayerNormTuning, peftkit.FullFineTuning])
+def test_plan_counts_a_trained_copy_in_place_of_its_original(method):
+    planned = peftkit.plan(built("gpt2"), method())
+    assert planned.trainable > 0
+    assert planned.total == planned.base

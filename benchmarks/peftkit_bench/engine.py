@@ -192,7 +192,7 @@ def _run_cells(
     if not pending:
         return failures
     stamp = {**record.environment(), "versions": _versions()}
-    threads = max(1, stamp["cores"] // jobs)
+    threads = max(1, min(stamp["cores"] // jobs, torch.get_num_threads()))
     context = _context(prepared)
     waiting = iter([Job(suite=suite, prepared=prepared, cell=c, environment=stamp, threads=threads) for c in pending])
     columns = (

@@ -35,7 +35,7 @@ class LoRA(Config):
     use_dora: bool = False
     """Train magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)."""
     init_lora_weights: bool | Init = True
-    """True: B = 0; False: random B; "gaussian"; "orthogonal"; "pissa" (arXiv:2404.02948), "olora" (arXiv:2406.01775)."""
+    """True: B = 0; False: random B; "gaussian", "orthogonal", "pissa" (arXiv:2404.02948) or "olora" (2406.01775)."""
     lora_bias: bool = False
     """Whether B has a bias."""
     rank_pattern: Mapping[str, int] | None = None

@@ -24,8 +24,8 @@ from peftkit.spec import METADATA_PREFIX, Adapter, Attach, Config, Knob, Method,
 
 PACKED = "prompt_embeddings"
 """The one tensor in which peft keeps all keys and values."""
-START = 0.02
-"""Standard deviation of the first keys and values."""
+START = 1.0
+"""Standard deviation of the first keys and values, as in P-tuning v2."""
 
 
 @config
@@ -45,7 +45,7 @@ class PrefixTuning(Config):
     encoder_hidden_size: int | None = None
     """Hidden units of that MLP; None: the width of a layer's keys."""
     init_weights: Literal["zero"] | None = None
-    """None: small normal noise; "zero": keys and values start at zero."""
+    """None: unit normal noise; "zero": keys and values start at zero."""
     num_layers: int | None = None
     """Read from folders that Hugging Face peft wrote for an encoder-decoder, see `unpack`; None otherwise."""
     inference_mode: bool = False
@@ -245,7 +245,7 @@ def build(site: Site, cfg: PrefixTuning, shared: nn.Module | None) -> Adapter:
 
 @torch.no_grad()
 def initialise(adapter: Adapter, module: nn.Module, site: Site, cfg: PrefixTuning) -> None:
-    """Small noise or zeros. Li and Liang start from the activations of real words; P-tuning v2 from unit noise."""
+    """Unit noise, as in P-tuning v2, or zeros. Li and Liang start from the activations of real words."""
     for parameter in adapter.parameters():
         if cfg.init_weights == "zero":
             nn.init.zeros_(parameter)
@@ -255,7 +255,7 @@ def initialise(adapter: Adapter, module: nn.Module, site: Site, cfg: PrefixTunin
 
 @torch.no_grad()
 def initialise_shared(adapter: Adapter, model: nn.Module, found: Sequence[Site], cfg: PrefixTuning) -> None:
-    """Unit noise as embedding, and layers whose outputs have the same small scale as a prefix without projection."""
+    """Unit noise as embedding, and layers whose outputs have about the scale of a prefix without projection."""
     assert isinstance(adapter, Projection)
     nn.init.normal_(adapter.embedding)
     nn.init.xavier_normal_(adapter.hidden_weight)

@@ -183,15 +183,11 @@ def _how(found: Findings) -> list[tuple[str, str]]:
     """How each number was taken, in a sentence or two."""
     first = found.first
     seeds = ", ".join(map(str, sorted({seed for row in found.rows for seed in row.seeds})))
-    budget = (
-        f"; where a method has a size to set, it was solved for at most {first.budget:,} of them"
-        if first.budget
-        else ""
-    )
+    budget = f"; where a method has a size to set, it was solved for at most {first.budget:,}" if first.budget else ""
     how = {
         "Trainable parameters": (
-            f"exact counts of the method's own parameters; the classification head, {first.head_parameters:,} parameters "
-            f"and trained by every method, comes on top, and is counted in the plots{budget}. “Kept” are those that "
+            f"exact counts of the method's own parameters{budget}; the classification head, {first.head_parameters:,} "
+            "parameters trained by every method, comes on top, and is counted in the plots. “Kept” are those that "
             "remain where a method prunes, or folds away what only training needs."
         ),
         "Accuracy": (
@@ -207,22 +203,23 @@ def _how(found: Findings) -> list[tuple[str, str]]:
         "Tests": (
             "paired on the stored predictions: the difference of two methods on the same texts and seeds is estimated "
             f"the same way and tested with t; Holm's correction over all {len(found.comparisons)} pairs, level 5 %. "
-            "“Cannot be told apart” does not mean equal: the intervals of the differences, which are not corrected, say "
-            "how large a difference these data leave possible."
+            "“Cannot be told apart” does not mean equal: the intervals of the differences, which are not corrected, "
+            "say how large a difference these data leave possible."
         ),
         "Learning rates": "each method's own, as the suite gives them; the suite says how they were found.",
         "Training time": (
-            "median over seeds of the wall-clock time of the training steps, without loading, tokenising and evaluation."
+            "median over seeds of the wall-clock time of the training steps, without loading, tokenising and "
+            "evaluation."
         ),
         "Peak memory": (
-            f"median over seeds; {first.memory_method}. Full fine-tuning through peftkit keeps the frozen weights beside "
-            "the trained ones, which is part of its number."
+            f"median over seeds; {first.memory_method}. Full fine-tuning through peftkit keeps the frozen weights "
+            "beside the trained ones, which is part of its number."
         ),
         "On disk": "the saved adapter folder, head included.",
         "Latency": (
-            f"one forward pass of {first.latency_rows} row of {first.latency_tokens} tokens, median of 30 after 5 that do "
-            "not count, then the median over seeds; the bare backbone was timed in the same process as each method. “–”: "
-            "the method cannot be merged."
+            f"one forward pass of {first.latency_rows} row of {first.latency_tokens} tokens, median of 30 after 5 that "
+            "do not count, then the median over seeds; the bare backbone was timed in the same process as each method. "
+            "“–”: the method cannot be merged."
         ),
     }
     return list(how.items())

@@ -53,6 +53,7 @@ class Label:
 
     def box(self) -> Bbox:
         """Where the text stands, in pixels, the line to its point left out."""
+        self.text.update_positions(self.text.get_figure().canvas.get_renderer())
         return Text.get_window_extent(self.text)
 
 
@@ -293,7 +294,8 @@ def ranking_figure(found: Findings) -> Figure:
             axes.plot([100 * row.accuracy.low, 100 * row.accuracy.high], [place, place], color=own, linewidth=2.2,
                       alpha=0.55, solid_capstyle="round")  # fmt: skip
             axes.plot(value, place, marker=MARKERS[own], color=own, markersize=8, zorder=3,
-                      markerfacecolor="white" if tied and row.name not in tied else own, markeredgewidth=1.6)  # fmt: skip
+                      markerfacecolor="white" if tied and row.name not in tied else own,
+                      markeredgewidth=1.6)  # fmt: skip
             axes.annotate(
                 f"{percent(row.accuracy.mean)} ± {percent(row.accuracy.half_width)}",
                 (high + 0.04 * room, place), va="center", fontsize=10,
