@@ -343,7 +343,10 @@ def bench_report(
     for folder in records:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is not a folder; expected one that `peftkit bench run --out` has written")
-    written = _bench_module("report").write(records, out or records[0])
+    try:
+        written = _bench_module("report").write(records, out or records[0])
+    except ValueError as error:  # the report knows records only, not peftkit's exceptions
+        raise ConfigError(str(error)) from None
     print(f"report: {written}")
 
 

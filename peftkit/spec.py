@@ -122,7 +122,7 @@ def _fits(value: Any, wanted: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, choice) for choice in arguments)
-    if origin is tuple and arguments[-1:] == (...,):
+    if origin is Sequence or (origin is tuple and arguments[-1:] == (...,)):
         return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
     if origin is tuple:
         return (
@@ -147,7 +147,7 @@ def _described(wanted: Any) -> str:
         return " or ".join(repr(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_described(a) for a in arguments)
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return "a list of " + " or ".join(_described(a) for a in arguments if a is not ...)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping of {_described(arguments[0])} to {_described(arguments[1])}"
@@ -160,15 +160,15 @@ def _described(wanted: Any) -> str:
 class Config:
     """What every method can be told. Fields carry the names that adapter_config.json uses."""
 
-    target_modules: tuple[str, ...] | str | None = None
+    target_modules: Sequence[str] | str | None = None
     """Module name suffixes, one regular expression, or "all-linear"; None: the method's default for the backbone."""
-    exclude_modules: tuple[str, ...] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
     """Suffixes or one regular expression of modules to leave out."""
-    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_to_transform: Sequence[int] | int | None = None
     """Indices of the blocks to adapt; None: all."""
-    layers_pattern: tuple[str, ...] | str | None = None
+    layers_pattern: Sequence[str] | str | None = None
     """Name of the list that holds the blocks, where it is not one of the usual names."""
-    modules_to_save: tuple[str, ...] | None = None
+    modules_to_save: Sequence[str] | None = None
     """Modules trained whole; None: a classification head that the model was given for its task; (): none."""
     task_type: str | None = None
     """SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM or FEATURE_EXTRACTION; informative."""

@@ -32,17 +32,17 @@ def suffix_match(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
 
 
-def matches(path: str, patterns: tuple[str, ...] | str) -> bool:
+def matches(path: str, patterns: Sequence[str] | str) -> bool:
     """Whether a path is selected by suffixes, or wholly matched by one regular expression."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
     return any(suffix_match(path, p) for p in patterns)
 
 
-def check_each_matches(patterns: tuple[str, ...] | str, paths: Sequence[str], field: str) -> None:
+def check_each_matches(patterns: Sequence[str] | str, paths: Sequence[str], field: str) -> None:
     """Raises TargetError unless every pattern matches a path."""
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        single: tuple[str, ...] | str = pattern if isinstance(patterns, str) else (pattern,)
+        single: Sequence[str] | str = pattern if isinstance(patterns, str) else (pattern,)
         try:
             matched = any(matches(p, single) for p in paths)
         except re.error as error:

@@ -293,21 +293,16 @@ def _shingles(words: Sequence[str]) -> frozenset[tuple[str, ...]]:
 
 def without_duplicates(texts: Sequence[str]) -> list[int]:
     """Indices of the texts that are no duplicate and no near duplicate of an earlier one."""
-    seen: set[str] = set()
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     kept: dict[int, frozenset[tuple[str, ...]]] = {}
     for index, text in enumerate(texts):
-        plain = normalise(text)
-        if plain in seen:
-            continue
-        shingles = _shingles(plain.split())
+        shingles = _shingles(normalise(text).split())
         shared: dict[int, int] = defaultdict(int)
         for shingle in shingles:
             for other in holders[shingle]:
                 shared[other] += 1
         if any(n / (len(shingles) + len(kept[other]) - n) > NEAR for other, n in shared.items()):
             continue
-        seen.add(plain)
         kept[index] = shingles
         for shingle in shingles:
             holders[shingle].append(index)

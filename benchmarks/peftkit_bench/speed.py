@@ -7,6 +7,7 @@ so that a drift of the machine's speed meets all of them alike.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import random
@@ -60,7 +61,8 @@ def small_llama(dtype: torch.dtype = torch.float32, layers: int = 8, hidden: int
         intermediate_size=1408,
         max_position_embeddings=1024,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model: nn.Module = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ def cases() -> list[Case]:
 
     targets = {"target_modules": ALL_LINEAR}
     feed_forward = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    rows = [
+    rows: list[tuple[str, dict[str, Any], Any, float, float]] = [
         ("lora", {"r": 16, **targets}, peft.LoraConfig, 1.30, 1.15),
         ("dora", {"r": 16, "use_dora": True, **targets}, peft.LoraConfig, 1.40, 1.20),
         ("loha", {"r": 8, **targets}, peft.LoHaConfig, 1.60, 1.15),
@@ -98,12 +100,12 @@ def cases() -> list[Case]:
         if entry not in peftkit.METHODS:
             continue
         ours = peftkit.METHODS[entry].config
-        extra = {"task_type": "CAUSAL_LM"} if name == "prefix" else {}
+        extra: dict[str, Any] = {"task_type": "CAUSAL_LM"} if name == "prefix" else {}
         found.append(
             Case(
                 name=name,
-                ours=lambda ours=ours, fields=fields: ours(**fields),
-                theirs=lambda theirs=theirs, fields=fields, extra=extra: theirs(**fields, **extra),
+                ours=functools.partial(ours, **fields),
+                theirs=functools.partial(theirs, **fields, **extra),
                 decode_limit=decode,
                 prefill_limit=prefill,
             )
@@ -147,7 +149,8 @@ def _peft_model(config: Any, dtype: torch.dtype) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(small_llama(dtype), config).eval()
+        model: nn.Module = peft.get_peft_model(small_llama(dtype), config).eval()
+    return model
 
 
 def _contenders(case: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -205,7 +208,7 @@ def decode(case: Case, rounds: int = 40, context: int = 32) -> Iterator[Timing]:
             models[name](input_ids=tokens[:, :1], past_key_values=caches[name], use_cache=True)
             caches[name].crop(-1)
 
-        times = interleaved({name: lambda name=name: step(name) for name in models}, rounds)
+        times = interleaved({name: functools.partial(step, name) for name in models}, rounds)
     yield from _rows("decode", case.name, times, case.decode_limit)
 
 
@@ -214,7 +217,7 @@ def prefill(case: Case, rounds: int = 12) -> Iterator[Timing]:
     models = _contenders(case, torch.float32)
     tokens = torch.randint(0, 1024, (4, 128))
     with torch.no_grad():
-        calls = {n: lambda m=m: m(input_ids=tokens, use_cache=False) for n, m in models.items()}
+        calls = {n: functools.partial(m, input_ids=tokens, use_cache=False) for n, m in models.items()}
         times = interleaved(calls, rounds, warm_up=2)
     yield from _rows("prefill", case.name, times, case.prefill_limit)
 
@@ -266,8 +269,8 @@ def training(name: str, dtype: torch.dtype, batch: int, limit: float, rounds: in
         loss(model).backward()
         model.zero_grad(set_to_none=True)
 
-    saved = {n: saved_bytes(m, lambda m=m: loss(m)) for n, m in models.items()}
-    times = interleaved({n: lambda m=m: step(m) for n, m in models.items()}, rounds, warm_up=1)
+    saved = {n: saved_bytes(m, functools.partial(loss, m)) for n, m in models.items()}
+    times = interleaved({n: functools.partial(step, m) for n, m in models.items()}, rounds, warm_up=1)
     label = f"training step, {batch}x128 tokens, {str(dtype).removeprefix('torch.')}"
     yield from _rows(label, name, times, limit, "peft", saved)
 
@@ -353,6 +356,7 @@ def table(timings: list[Timing]) -> str:
         kept = "-"
         if ours.saved_bytes is not None:
             base, theirs = row["base"].saved_bytes or 0, row["peft"].saved_bytes or 0
-            kept = f"{ours.saved_bytes / theirs:.2f}x in all, {(ours.saved_bytes - base) / (theirs - base):.2f}x beyond the base"
+            beyond = (ours.saved_bytes - base) / (theirs - base)
+            kept = f"{ours.saved_bytes / theirs:.2f}x in all, {beyond:.2f}x beyond the base"
         lines.append(f"| {comparison} | {method} | {' | '.join(cells)} | {aim} | {met} | {kept} |")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ FEEDFORWARD_SLOT = "ffn.down"
 class IA3(Config):
     """Where the scaling vectors go."""
 
-    feedforward_modules: tuple[str, ...] | str | None = None
+    feedforward_modules: Sequence[str] | str | None = None
     """Suffixes or one regular expression of the targets whose input is scaled; None: the feed-forward's last one."""
     init_ia3_weights: bool = True
     """Start from ones; False: start from normal noise."""
