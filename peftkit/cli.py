@@ -350,6 +350,34 @@ def bench_report(
     print(f"report: {written}")
 
 
+@bench.command("speed")
+def bench_speed(
+    out: Annotated[Path | None, typer.Option("--out", help="JSONL file that the timings are appended to.")] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of torch; 0: as many as it takes.")] = 0,
+    only: Annotated[
+        str, typer.Option("--only", help="Comparisons by name: decode, prefill, training, wrapping, import.")
+    ] = "",
+) -> None:
+    """Time adapted models against the backbone and Hugging Face peft, interleaved in this process."""
+    from importlib.util import find_spec
+
+    import torch
+
+    speed = _bench_module("speed")
+    if find_spec("peft") is None:
+        raise ConfigError("peft is not installed, which the comparison needs; pip install 'peftkit[compare]'")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        timings = speed.measure(lambda text: print(text, file=sys.stderr, flush=True), only.replace(",", " ").split())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    print(speed.table(timings))
+    if out is not None:
+        speed.write(timings, out)
+        print(f"records: {out}")
+
+
 def find_suite(name: str) -> Path:
     """The path of a suite, given as a file or as the name of one that comes with peftkit.
 

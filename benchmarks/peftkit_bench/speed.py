@@ -14,7 +14,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def cases() -> list[Case]:
         entry = "lora" if name == "dora" else name
         if entry not in peftkit.METHODS:
             continue
-        ours = peftkit.METHODS[entry].config
+        ours: Any = peftkit.METHODS[entry].config
         extra: dict[str, Any] = {"task_type": "CAUSAL_LM"} if name == "prefix" else {}
         found.append(
             Case(
@@ -306,25 +306,41 @@ def importing(rounds: int = 7) -> Iterator[Timing]:
     yield from _rows("import, beside torch", "-", times, None)
 
 
-def measure(progress: Callable[[str], None] = lambda text: None) -> list[Timing]:
-    """All comparisons, some minutes on two cores."""
+def measure(progress: Callable[[str], None] = lambda text: None, only: Sequence[str] = ()) -> list[Timing]:
+    """All comparisons, some minutes on two cores.
+
+    Args:
+        progress: told what is timed next.
+        only: names of the comparisons to make: decode, prefill, training, wrapping, import; none: all.
+
+    Raises:
+        ValueError: a name that is none of these.
+    """
     import logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    kinds: dict[str, list[Callable[[], Iterator[Timing]]]] = {
+        "decode": [functools.partial(decode, case) for case in cases()],
+        "prefill": [functools.partial(prefill, case) for case in cases()],
+        "training": [
+            functools.partial(training, name, dtype, batch, limit)
+            for name, limit in (("lora", 0.85), ("dora", 0.50))
+            for dtype in (torch.bfloat16, torch.float32)
+            for batch in (1, 4)
+        ],
+        "wrapping": [wrapping],
+        "import": [importing],
+    }
+    unknown = [name for name in only if name not in kinds]
+    if unknown:
+        raise ValueError(f"no comparison is named {unknown[0]!r}; choices: {', '.join(kinds)}")
     found: list[Timing] = []
-    for case in cases():
-        for kind in (decode, prefill):
-            progress(f"{kind.__name__}: {case.name}")
-            found += kind(case)
-    for name, limit in (("lora", 0.85), ("dora", 0.50)):
-        for dtype in (torch.bfloat16, torch.float32):
-            for batch in (1, 4):
-                progress(f"training step: {name}, {dtype}, {batch} x 128 tokens")
-                found += training(name, dtype, batch, limit)
-    progress("wrapping")
-    found += wrapping()
-    progress("import")
-    found += importing()
+    for name, parts in kinds.items():
+        if only and name not in only:
+            continue
+        for number, part in enumerate(parts, 1):
+            progress(f"{name} {number}/{len(parts)}")
+            found += part()
     return found
 
 
