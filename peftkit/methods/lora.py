@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import functional
-from peftkit.errors import ConfigError, MergeError
+from peftkit.errors import ConfigError, MergeError, TargetError
 from peftkit.quantization import weights_of
 from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, config
 from peftkit.targets import from_pattern
@@ -175,8 +175,16 @@ class DoraAdapter(LoraAdapter):
 
     @staticmethod
     def _turned(module: nn.Module, weight: Any) -> Tensor:
-        """A weight of the module as (out, in)."""
-        assert isinstance(weight, Tensor)
+        """A weight of the module as (out, in).
+
+        Raises:
+            TargetError: the weight is stored quantized, so that its rows have no norms to read.
+        """
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TargetError(
+                f"use_dora needs the norms of the weight's rows, and {type(module).__name__} stores its weight quantized; "
+                "use LoRA without use_dora, or load the base in bfloat16, float16 or float32"
+            )
         return weight if isinstance(module, nn.Linear) else weight.t()
 
     def row_factors(self, module: nn.Module) -> Tensor:
