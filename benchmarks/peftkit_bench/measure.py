@@ -15,6 +15,8 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+CAN_RESET = _CLEAR.exists()
+"""Whether the kernel's high-water mark can be reset."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class PeakMemory:
         if device.type == "cuda":
             self.method = "peak of the CUDA allocator during training"
             self._floor = torch.cuda.memory_allocated(device)
-        elif _CLEAR.exists():
+        elif CAN_RESET:
             self.method = (
                 "peak resident memory of a process of its own during training (the kernel's VmHWM, reset when training "
                 "starts), less what the process held before the backbone was loaded"
@@ -72,14 +74,14 @@ class PeakMemory:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _CLEAR.exists():
+        elif CAN_RESET:
             _CLEAR.write_text("5")
 
     def peak_bytes(self) -> int:
         """The peak since `start`, over the floor."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._floor
-        return (_status_bytes("VmHWM") if _CLEAR.exists() else _rusage_bytes()) - self._floor
+        return (_status_bytes("VmHWM") if CAN_RESET else _rusage_bytes()) - self._floor
 
 
 def _status_bytes(name: str) -> int:

@@ -182,7 +182,7 @@ class DoraAdapter(LoraAdapter):
         """
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise TargetError(
-                f"use_dora needs the norms of the weight's rows, and {type(module).__name__} stores its weight quantized; "
+                f"use_dora needs norms of the weight's rows, and {type(module).__name__} stores its weight quantized: "
                 "use LoRA without use_dora, or load the base in bfloat16, float16 or float32"
             )
         return weight if isinstance(module, nn.Linear) else weight.t()
