@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from peftkit import backbones, targets
-from peftkit.errors import TargetError
-from peftkit.methods import method_of
+from peftkit.errors import ConfigError, TargetError, nearest
+from peftkit.methods import METHODS, method_of
 from peftkit.spec import Attach, Config, Method, Site
 
 
@@ -61,6 +61,25 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name, so that a method made of local functions can be pickled with the model that it adapts.
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if METHODS.get(self.method.name) is self.method:
+            fields["method"] = self.method.name
+        return _restored, (fields,)
+
+
+def _restored(fields: dict[str, Any]) -> Plan:
+    """A plan from a pickle, its method looked up where it was registered."""
+    if isinstance(fields["method"], str):
+        if fields["method"] not in METHODS:
+            raise ConfigError(
+                f"the pickled model is adapted with {fields['method']!r}, which is not registered here; "
+                f"install the package that brings it ({nearest(fields['method'], METHODS)})"
+            )
+        fields = {**fields, "method": METHODS[fields["method"]]}
+    return Plan(**fields)
 
 
 def plan(model: nn.Module, config: Any) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -153,3 +154,21 @@ def test_plan_counts_a_trained_copy_in_place_of_its_original(method):
     planned = peftkit.plan(built("gpt2"), method())
     assert planned.trainable > 0
     assert planned.total == planned.base
+
+
+def test_plan_is_pickled_by_the_name_of_its_method_and_says_when_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import pickle
+    import sys
+
+    module = sys.modules["peftkit.plan"]
+
+    local = dataclasses.replace(peftkit.METHODS["lora"], summary="local", adapter=lambda site, cfg, shared: None)
+    planned = dataclasses.replace(peftkit.plan(built("mlp"), peftkit.LoRA()), method=local)
+    monkeypatch.setattr(module, "METHODS", {"lora": local})
+    data = pickle.dumps(planned)
+    assert pickle.loads(data).method is local
+    monkeypatch.setattr(module, "METHODS", {"another": local})
+    with pytest.raises(ConfigError, match="'lora', which is not registered here"):
+        pickle.loads(data)
