@@ -11,7 +11,8 @@ import yaml
 from peftkit_bench import engine, measure, record
 from peftkit_bench.engine import BenchError, Cell, Job, cells, dry_run, run, run_cell
 from peftkit_bench.record import Record
-from peftkit_bench.suite import SuiteError, load
+from peftkit_bench.spec import SuiteError
+from peftkit_bench.suite import load
 from peftkit_bench.task import SequenceClassification
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 from peftkit_bench import suite
-from peftkit_bench.suite import SuiteError, load, parse
+from peftkit_bench.spec import SuiteError
+from peftkit_bench.suite import load, parse
 
 import peftkit
 

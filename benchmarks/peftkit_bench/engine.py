@@ -26,8 +26,8 @@ import peftkit
 from peftkit.errors import PeftkitError
 from peftkit_bench import measure, record, report, subjects
 from peftkit_bench.record import Record, RecordError, digest
-from peftkit_bench.subjects.spec import Resolved
-from peftkit_bench.suite import Contender, Suite, SuiteError, load
+from peftkit_bench.spec import Contender, Resolved, SuiteError
+from peftkit_bench.suite import Suite, load
 from peftkit_bench.task import TASKS, Prepared
 
 LATENCY_ROWS, LATENCY_TOKENS, LATENCY_REPEATS, LATENCY_WARMUP = 1, 32, 30, 5

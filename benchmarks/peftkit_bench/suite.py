@@ -6,20 +6,17 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from peftkit.errors import ConfigError, nearest
+from peftkit.errors import nearest
 from peftkit_bench import subjects
+from peftkit_bench.spec import Contender, SuiteError
 
 T = TypeVar("T")
-
-
-class SuiteError(ConfigError):
-    """A suite that cannot be meant; names the place, what was expected and what was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +53,6 @@ class Training:
     head_learning_rate: float = 1e-2
     """Of the classification head, the same for every method."""
     clip_norm: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One row of the comparison."""
-
-    method: str
-    """Name in `peftkit.METHODS`."""
-    subject: str = "peftkit"
-    """Who implements it."""
-    learning_rate: float | None = None
-    """Of everything but the head; None only where a suite searches it, or where there is nothing but the head."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the method's config."""
-    budget: bool = True
-    """False: the size stands in `config` and is not solved for the budget."""
-    baseline: bool = False
-    """True: a mark to compare with rather than a candidate, such as full fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)

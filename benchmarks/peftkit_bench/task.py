@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from peftkit_bench import data
-from peftkit_bench.suite import Backbone, Suite, SuiteError
+from peftkit_bench.spec import SuiteError
+from peftkit_bench.suite import Backbone, Suite
 
 EVALUATION_ROWS = 128
 BUCKET = 8

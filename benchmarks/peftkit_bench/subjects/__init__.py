@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peftkit_bench.subjects.spec import Subject
+    from peftkit_bench.spec import Subject
 
 NAMES = ("peftkit",)
 

@@ -14,8 +14,7 @@ import peftkit
 from peftkit import targets
 from peftkit.errors import nearest
 from peftkit.wrap import record_of
-from peftkit_bench.subjects.spec import Resolved
-from peftkit_bench.suite import Contender, SuiteError
+from peftkit_bench.spec import Contender, Resolved, SuiteError
 
 
 class PeftkitSubject:

@@ -1,15 +1,37 @@
-"""What the engine asks of whoever implements the methods: the protocol Subject."""
+"""The vocabulary of a comparison: a contender, what it comes to, and the protocol of who implements it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
-from peftkit_bench.suite import Contender
+from peftkit.errors import ConfigError
+
+
+class SuiteError(ConfigError):
+    """A suite that cannot be meant; names the place, what was expected and what was found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row of the comparison."""
+
+    method: str
+    """Name in `peftkit.METHODS`."""
+    subject: str = "peftkit"
+    """Who implements it."""
+    learning_rate: float | None = None
+    """Of everything but the head; None only where a suite searches it, or where there is nothing but the head."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the method's config."""
+    budget: bool = True
+    """False: the size stands in `config` and is not solved for the budget."""
+    baseline: bool = False
+    """True: a mark to compare with rather than a candidate, such as full fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
