@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -34,6 +35,23 @@ def plain_gradients(x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._functorch.peek_interpreter_stack()
     )
+
+
+def plain_linear(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a frozen nn.Linear in the input's dtype that `call` computes directly; None for any other."""
+    if type(call) is not functools.partial or call.func is not nn.Linear.forward:
+        return None
+    # As attributes, so that a trained bias or weight of another active adapter is seen.
+    weight: Any = module.weight
+    bias: Any = module.bias
+    if (
+        not isinstance(weight, Tensor)
+        or weight.dtype != x.dtype
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return None
+    return weight, bias
 
 
 def add_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -872,3 +872,25 @@ def test_lokr_ranks_end_where_the_second_matrix_is_whole() -> None:
     assert last == 3
     counts = [peftkit.plan(model, LoKr(r=r)).trainable for r in (last - 1, last, last + 5)]
     assert counts[0] < counts[1] == counts[2]
+
+
+# One product for many rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 400])
+@pytest.mark.parametrize("bias", [False, True])
+def test_loha_computes_the_same_for_few_and_many_rows(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 40, bias=bias)).double()
+    peftkit.wrap(model, peftkit.LoHa(r=4, init_weights=False, target_modules=["0"]))
+    adapter = model[0].peftkit["default"]
+    x = torch.randn(rows, 48, dtype=torch.float64)
+    dense = model[0].weight + adapter.scale * (
+        (adapter.hada_w1_a @ adapter.hada_w1_b) * (adapter.hada_w2_a @ adapter.hada_w2_b)
+    )
+    with torch.no_grad():
+        assert adapter._one_product_is_cheaper(x) == (rows > 1)
+        torch.testing.assert_close(model(x), nn.functional.linear(x, dense, model[0].bias), rtol=1e-12, atol=1e-12)
+    assert not adapter._one_product_is_cheaper(x), "with gradients the factors are used"
+    with torch.no_grad():
+        assert not adapter._one_product_is_cheaper(x.bfloat16()), "the sum would round the update away"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -74,23 +73,6 @@ def _is_embedding(site: Site) -> bool:
     return site.role == "embedding"
 
 
-def _plain_linear(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias where a hand-written backward holds: directly around a frozen nn.Linear in the input's dtype."""
-    if type(call) is not functools.partial or call.func is not nn.Linear.forward or not functional.plain_gradients(x):
-        return None
-    # As attributes, so that a trained bias or weight of another active adapter is seen.
-    weight: Any = module.weight
-    bias: Any = module.bias
-    if (
-        not isinstance(weight, Tensor)
-        or weight.dtype != x.dtype
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        return None
-    return weight, bias
-
-
 class LoraAdapter(Adapter):
     """h = W x + scale * B A x, with A (r, in) and B (out, r)."""
 
@@ -121,7 +103,7 @@ class LoraAdapter(Adapter):
         down, up = self.factors()
         if self.dropout and self.training:
             out = functional.add_low_rank(call(x), F.dropout(x, self.dropout), down, up, self.scale)
-        elif (plain := _plain_linear(module, call, x)) is not None:
+        elif functional.plain_gradients(x) and (plain := functional.plain_linear(module, call, x)) is not None:
             out = functional.lora_linear(x, *plain, down, up, self.scale)
         else:
             out = functional.add_low_rank(call(x), x, down, up, self.scale)
@@ -214,7 +196,8 @@ class DoraAdapter(LoraAdapter):
         down, up = self.factors()
         factors = self.row_factors(module)
         dropping = self.dropout and self.training
-        if not dropping and (plain := _plain_linear(module, call, x)) is not None:
+        direct = not dropping and functional.plain_gradients(x)
+        if direct and (plain := functional.plain_linear(module, call, x)) is not None:
             magnitude = self.lora_magnitude_vector
             return functional.dora_linear(x, *plain, down, up, magnitude, factors.detach(), self.scale)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
