@@ -30,6 +30,7 @@ STAMPED = (
     "tokenizers",
     "safetensors",
     "accelerate",
+    "peft",
     "numpy",
     "scipy",
 )
