@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import alone
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -724,9 +725,11 @@ def test_adalora_adapts_a_classifier_and_its_head() -> None:
     assert allocator(model).live() == 8 * 4
 
 
-# What leaves a projection is a view where rows were flattened; nothing writes into it.
-@pytest.mark.filterwarnings(r"ignore:FSDP2-wrapped module \(FSDP\w+\) returned a view:UserWarning")
 def test_adalora_prunes_sharded_triplets_as_whole_ones() -> None:
+    alone(train_sharded)
+
+
+def train_sharded() -> None:
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -734,15 +737,12 @@ def test_adalora_prunes_sharded_triplets_as_whole_ones() -> None:
     plain, sharded = two(), two()
     train(plain, 9)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for module in (sharded.first, sharded.second, sharded):
-            fully_shard(module, mesh=mesh)
-        train(sharded, 9)
-        assert allocator(sharded).live() == 4
-        for own, other in zip(allocator(plain).members, allocator(sharded).members, strict=True):
-            for name in adalora.TENSORS:
-                found = getattr(other, name).full_tensor()
-                assert torch.equal(getattr(own, name), found), name
-    finally:
-        distributed.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (sharded.first, sharded.second, sharded):
+        fully_shard(module, mesh=mesh)
+    train(sharded, 9)
+    assert allocator(sharded).live() == 4
+    for own, other in zip(allocator(plain).members, allocator(sharded).members, strict=True):
+        for name in adalora.TENSORS:
+            found = getattr(other, name).full_tensor()
+            assert torch.equal(getattr(own, name), found), name

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny import adapted, bits, built, ddp_worker, fitted, logits, lora, loss, picture, randomise
+from tiny import adapted, alone, bits, built, ddp_worker, fitted, logits, lora, loss, picture, randomise
 from torch import nn
 
 import peftkit
@@ -322,16 +322,11 @@ def test_copy_made_in_a_disabled_block_can_be_activated():
 # Parallel training ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
 def lone_process(tmp_path):
-    """A process group of one process."""
+    """Makes this process a process group of one; for a function that `alone` runs."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
 
 
 def stepped(model, name="llama", runner=None):
@@ -343,11 +338,15 @@ def stepped(model, name="llama", runner=None):
 
 
 def test_ddp_trains_as_one_process_does(tmp_path):
+    alone(train_with_ddp, tmp_path)
+
+
+def train_with_ddp(tmp_path):
     expected = stepped(adapted("llama"))
-    with lone_process(tmp_path):
-        model = adapted("llama")
-        runner = nn.parallel.DistributedDataParallel(model)
-        stepped(model, runner=runner)
+    lone_process(tmp_path)
+    model = adapted("llama")
+    runner = nn.parallel.DistributedDataParallel(model)
+    stepped(model, runner=runner)
     for (key, value), (other, wanted) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         assert key == other
         assert torch.allclose(value, wanted, atol=1e-6), key
@@ -364,32 +363,37 @@ def test_ddp_on_two_processes_averages_adapter_gradients(tmp_path):
 
 
 def test_fsdp2_trains_and_saves_whole_tensors(tmp_path):
+    alone(train_with_fsdp2, tmp_path)
+
+
+def train_with_fsdp2(folder):
+    tmp_path = Path(folder)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     expected = stepped(adapted("llama"))
     peftkit.save(expected, tmp_path / "expected")
-    with lone_process(tmp_path):
-        model = adapted("llama")
-        mesh = init_device_mesh("cpu", (1,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        assert all(isinstance(p, DTensor) for p in model.parameters())
-        stepped(model)
-        peftkit.save(model, tmp_path / "sharded")
-        with peftkit.disabled(model):
-            plain = logits("llama", model)
-        with pytest.raises(StateError, match=r"is sharded already; wrap the model .* before fully_shard"):
-            peftkit.wrap(model, lora(), name="late")
-        peftkit.activate(model)
-        assert torch.equal(logits("llama", model), plain)
-        peftkit.activate(model, "default")
-        for verb in (peftkit.unwrap, peftkit.merge):
-            with pytest.raises(StateError, match="became a FSDP"):
-                verb(model)
-        logits("llama", model)
+    lone_process(tmp_path)
+    model = adapted("llama")
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    stepped(model)
+    peftkit.save(model, tmp_path / "sharded")
+    with peftkit.disabled(model):
+        plain = logits("llama", model)
+    with pytest.raises(StateError, match=r"is sharded already; wrap the model .* before fully_shard"):
+        peftkit.wrap(model, lora(), name="late")
+    peftkit.activate(model)
+    assert torch.equal(logits("llama", model), plain)
+    peftkit.activate(model, "default")
+    for verb in (peftkit.unwrap, peftkit.merge):
+        with pytest.raises(StateError, match="became a FSDP"):
+            verb(model)
+    logits("llama", model)
     assert torch.allclose(plain, logits("llama", built("llama")), atol=1e-6)
     a = peftkit.load(built("llama"), tmp_path / "expected")
     b = peftkit.load(built("llama"), tmp_path / "sharded")
