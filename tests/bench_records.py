@@ -64,6 +64,7 @@ def made_up(contender: str, accuracy: float, parameters: int, seed: int = 0, **c
         "latency_rows": 1,
         "latency_tokens": 32,
         "threads": 2,
+        "jobs": 1,
         "environment": {"processor": "made up", "cores": 2, "memory_bytes": 2**34, "system": "Linux",
                         "python": "3.11.0", "versions": {"peftkit": "0"}, "commit": "abc", "device": "cpu"},
         "started": "2026-01-01T00:00:00+00:00",

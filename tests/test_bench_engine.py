@@ -183,7 +183,7 @@ def test_workers_give_the_same_numbers_as_this_process(suite_path: Path, tmp_pat
     prepared = SequenceClassification().prepare(suite)
     for cell in cells(suite, prepared):
         stamp = {**record.environment(), "versions": {}}
-        here = run_cell(Job(suite=suite, prepared=prepared, cell=cell, environment=stamp, threads=1))
+        here = run_cell(Job(suite=suite, prepared=prepared, cell=cell, environment=stamp, threads=1, jobs=1))
         assert found[cell.seed].key == here.key
         assert found[cell.seed].losses == pytest.approx(here.losses, abs=1e-5)
 
@@ -192,7 +192,7 @@ def test_failed_cell_is_told_and_the_others_are_kept(suite_path: Path, tmp_path:
     good = load(suite_path)
     prepared = SequenceClassification().prepare(good)
     bad = dataclasses.replace(prepared, folder=str(tmp_path / "gone"))
-    job = Job(suite=good, prepared=bad, cell=cells(good, prepared)[0], environment={}, threads=1)
+    job = Job(suite=good, prepared=bad, cell=cells(good, prepared)[0], environment={}, threads=1, jobs=1)
     context = engine._context(prepared)
     ((cell, outcome),) = engine._outcomes(context, iter([job]), 1)
     assert cell.name == "LoRA"

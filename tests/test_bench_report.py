@@ -48,9 +48,11 @@ def line(markdown: str, name: str) -> list[str]:
 
 def test_table_shows_every_number_as_recorded(tmp_path: Path) -> None:
     markdown, page = written(tmp_path, standard())
-    lora = statistics.estimate(
-        statistics.correct_table([r.predictions for r in standard() if r.contender == "LoRA"], LABELS), GROUPS
-    )
+    tables = {
+        name: statistics.correct_table([r.predictions for r in standard() if r.contender == name], LABELS)
+        for name in {r.contender for r in standard()}
+    }
+    lora = statistics.estimate(tables["LoRA"], GROUPS, statistics.run_variance(list(tables.values())))
     accuracy = f"70.0 ± {100 * lora.half_width:.1f}"
     assert line(markdown, "LoRA") == [
         "LoRA", "5,000", "0.5", accuracy, "13.0", "123", "45", "12.5", "10.1", "10.0", "0.003", "r = 8",

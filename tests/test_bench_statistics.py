@@ -4,7 +4,17 @@ import math
 
 import numpy as np
 import pytest
-from peftkit_bench.statistics import compare_all, correct_table, estimate, holm, paired_test, pareto
+from peftkit_bench.statistics import (
+    RunVariance,
+    compare_all,
+    correct_table,
+    difference_variance,
+    estimate,
+    holm,
+    paired_test,
+    pareto,
+    run_variance,
+)
 from scipy import stats
 
 
@@ -82,6 +92,55 @@ def test_compare_all_corrects_over_all_pairs_and_puts_the_better_first() -> None
     assert found[1].p_corrected == pytest.approx(3 * found[1].p)
 
 
+def test_run_variance_pools_what_seeds_do_to_each_method() -> None:
+    # Means 0.25 and 0.75 (squares 2 * 0.0625), 1 and 0 (2 * 0.25), one seed alone (nothing): 0.625 on 1 + 1 + 0.
+    tables = [np.array([[0, 0, 0, 1], [1, 1, 1, 0.0]]), np.array([[1.0, 1], [0, 0]]), np.ones((1, 4))]
+    assert run_variance(tables) == RunVariance(variance=0.3125, degrees=2)
+    assert run_variance([np.ones((1, 4))]) is None
+
+
+def test_difference_variance_of_two_methods_is_that_of_their_difference() -> None:
+    first, second = np.random.default_rng(4).integers(0, 2, (2, 3, 50)).astype(float)
+    found = difference_variance([first, second])
+    assert found is not None
+    assert found.variance == pytest.approx((first - second).mean(axis=1).var(ddof=1))
+    assert found.degrees == 2
+    assert difference_variance([first[:1], second[:1]]) is None
+
+
+def test_difference_variance_leaves_out_what_a_seed_does_to_all() -> None:
+    rng = np.random.default_rng(5)
+    tables = [rng.random((4, 30)) for _ in range(5)]
+    shifted = [table + np.array([[0.0], [10], [20], [-30]]) for table in tables]
+    before, after = difference_variance(tables), difference_variance(shifted)
+    assert before is not None
+    assert after is not None
+    assert after.variance == pytest.approx(before.variance)
+    assert after.degrees == 12
+
+
+def test_estimate_uses_the_pooled_variance_that_it_is_given() -> None:
+    table = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0]])
+    found = estimate(table, runs=RunVariance(variance=0.02, degrees=8))
+    assert found.standard_error == pytest.approx(math.sqrt(0.02 / 2 + 1 / 24))
+    assert found.degrees == pytest.approx((0.01 + 1 / 24) ** 2 / (0.01**2 / 8 + (1 / 24) ** 2 / 3))
+
+
+def test_intervals_of_differences_hold_together_and_agree_with_the_verdicts() -> None:
+    rng = np.random.default_rng(6)
+    tables = {str(i): (rng.random((3, 300)) < 0.5 + 0.06 * i).astype(float) for i in range(5)}
+    found = compare_all(tables)
+    runs = difference_variance(list(tables.values()))
+    single, _ = paired_test(tables["4"], tables["0"], runs=runs)
+    pair = next(c for c in found if (c.first, c.second) == ("4", "0"))
+    ratio = stats.t.ppf(1 - 0.025 / 10, single.degrees) / stats.t.ppf(0.975, single.degrees)
+    assert pair.difference.half_width == pytest.approx(ratio * single.half_width)
+    assert {c.significant() for c in found} == {True, False}
+    for each in found:
+        if not each.significant():
+            assert each.difference.low <= 0 <= each.difference.high
+
+
 def simulate(rng: np.random.Generator, seeds: int, groups: np.ndarray, between: float) -> np.ndarray:
     """Tables whose true mean is 0.5, with effects of seeds, groups and examples, and their interaction."""
     shape = (seeds, len(groups))
@@ -109,6 +168,18 @@ def test_equal_methods_are_rarely_told_apart() -> None:
         pair = [shared + 0.015 * rng.normal(size=(3, 1)) + 0.3 * rng.normal(size=(3, 400)) for _ in range(2)]
         false += paired_test(pair[0], pair[1], groups)[1] < 0.05
     assert false <= 33  # 5 % of 400 is 20 with a standard deviation of 4.4
+
+
+def test_any_false_finding_among_equal_methods_is_rare() -> None:
+    rng = np.random.default_rng(7)
+    groups = np.repeat(np.arange(100), 3)
+    false = 0
+    for _ in range(200):
+        shared = 0.3 * rng.normal(size=(1, 300))
+        noise = [0.015 * rng.normal(size=(3, 1)) + 0.3 * rng.normal(size=(3, 300)) for _ in range(6)]
+        tables = {str(i): shared + each for i, each in enumerate(noise)}
+        false += any(c.significant() for c in compare_all(tables, groups))
+    assert false <= 19  # 5 % of 200 is 10 with a standard deviation of 3.1
 
 
 def test_pareto_front_holds_what_nothing_beats() -> None:

@@ -62,6 +62,7 @@ class Job:
     cell: Cell
     environment: dict[str, Any]
     threads: int
+    jobs: int
 
 
 def run(suite_path: Path, out: Path, *, jobs: int = 1, progress: bool = True) -> Path:
@@ -194,7 +195,9 @@ def _run_cells(
     stamp = {**record.environment(), "versions": _versions()}
     threads = max(1, min(stamp["cores"] // jobs, torch.get_num_threads()))
     context = _context(prepared)
-    waiting = iter([Job(suite=suite, prepared=prepared, cell=c, environment=stamp, threads=threads) for c in pending])
+    waiting = iter(
+        [Job(suite=suite, prepared=prepared, cell=c, environment=stamp, threads=threads, jobs=jobs) for c in pending]
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -354,6 +357,7 @@ def run_cell(job: Job) -> Record:
         latency_rows=LATENCY_ROWS,
         latency_tokens=LATENCY_TOKENS,
         threads=job.threads,
+        jobs=job.jobs,
         environment={**job.environment, "device": _device_name(device)},
         started=started,
         cell_seconds=whole.seconds,

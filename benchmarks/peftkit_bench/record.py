@@ -110,6 +110,8 @@ class Record:
     latency_rows: int
     latency_tokens: int
     threads: int
+    jobs: int
+    """Cells that ran at the same time."""
     environment: Mapping[str, Any]
     """Machine, versions and commit."""
     started: str

@@ -156,17 +156,25 @@ def findings(group: Sequence[Record]) -> Findings:
     by_name: dict[str, list[Record]] = defaultdict(list)
     for record in group:
         by_name[record.contender].append(record)
-    rows = []
+    chosen: dict[str, tuple[Record, ...]] = {}
     for name, mine in by_name.items():
         newest = max(mine, key=lambda r: r.started).variant
         kept = {r.seed: r for r in sorted(mine, key=lambda r: r.started) if r.variant == newest}
         if any(r.variant != newest for r in mine):
             warnings.append(f"{name} was run with other settings before; only the newest are shown.")
-        chosen = tuple(kept[seed] for seed in sorted(kept))
-        table = statistics.correct_table([r.predictions for r in chosen], chosen[0].labels)
-        accuracy = statistics.estimate(table, chosen[0].groups)
-        rows.append(Row(name=name, method=chosen[0].method, baseline=chosen[0].baseline, records=chosen,
-                        accuracy=accuracy))  # fmt: skip
+        chosen[name] = tuple(kept[seed] for seed in sorted(kept))
+    tables = {name: statistics.correct_table([r.predictions for r in c], c[0].labels) for name, c in chosen.items()}
+    runs = statistics.run_variance(list(tables.values()))
+    rows = [
+        Row(
+            name=name,
+            method=c[0].method,
+            baseline=c[0].baseline,
+            records=c,
+            accuracy=statistics.estimate(tables[name], c[0].groups, runs),
+        )
+        for name, c in chosen.items()
+    ]
     rows.sort(key=lambda row: (-row.accuracy.mean, row.trainable))
     seeds = sorted(set.intersection(*(set(row.seeds) for row in rows)))
     everything = sorted(set.union(*(set(row.seeds) for row in rows)))
@@ -178,18 +186,18 @@ def findings(group: Sequence[Record]) -> Findings:
         )
     if len(everything) == 1:
         warnings.append("One seed only: intervals and tests say nothing about other training runs.")
-    machines = {(r.environment["processor"], r.environment["cores"], r.threads) for row in rows for r in row.records}
+    machines = {
+        (r.environment["processor"], r.environment["cores"], r.threads, r.jobs) for row in rows for r in row.records
+    }
     if len(machines) > 1:
-        warnings.append("The records come from different machines or thread counts: times cannot be compared.")
+        warnings.append(
+            "The records come from different machines, thread counts or numbers of cells at a time: times cannot be "
+            "compared."
+        )
     comparisons: list[Comparison] = []
     if seeds and len(rows) > 1:
-        tables = {
-            row.name: statistics.correct_table(
-                [r.predictions for r in row.records if r.seed in seeds], row.records[0].labels
-            )
-            for row in rows
-        }
-        comparisons = statistics.compare_all(tables, rows[0].records[0].groups)
+        common = {row.name: tables[row.name][[i for i, seed in enumerate(row.seeds) if seed in seeds]] for row in rows}
+        comparisons = statistics.compare_all(common, rows[0].records[0].groups)
     front = statistics.pareto({row.name: (float(row.trainable), row.accuracy.mean) for row in rows})
     return Findings(rows=tuple(rows), comparisons=tuple(comparisons), front=tuple(front), warnings=tuple(warnings))
 
@@ -220,7 +228,8 @@ def percent(value: float) -> str:
 
 def points(estimate: Estimate) -> str:
     """A difference in percentage points with its interval."""
-    return f"{100 * estimate.mean:+.1f} points, 95 % interval {100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"
+    ends = f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"
+    return f"{100 * estimate.mean:+.1f} points, simultaneous 95 % interval {ends}"
 
 
 def p_value(p: float) -> str:
@@ -258,7 +267,12 @@ def answer(found: Findings) -> list[str]:
         )
     else:
         comparison = found.between(best.name, thrifty.name)
-        gap = f" (difference {points(comparison.difference)})" if comparison else ""
+        gap = (
+            f"; the difference is {points(comparison.difference)}, so up to {100 * comparison.difference.high:.1f} "
+            "points are not ruled out"
+            if comparison
+            else ""
+        )
         share = thrifty.trainable / best.trainable
         sentences.append(
             f"Most accuracy for the fewest parameters: {thrifty.name}, {percent(thrifty.accuracy.mean)} ± "

@@ -166,8 +166,8 @@ def _facts(group: Sequence[Record]) -> list[tuple[str, str]]:
         f"{training['head_learning_rate']:g} for every method"
     )
     computer = (
-        f"{machine['processor']}, {machine['cores']} cores{memory}, {first.threads} threads a cell, device "
-        f"{machine['device']}, {machine['system']}"
+        f"{machine['processor']}, {machine['cores']} cores{memory}, device {machine['device']}, "
+        f"{machine['system']}; cells at a time: {first.jobs}, threads for each: {first.threads}"
     )
     return [
         ("Data", texts),
@@ -195,16 +195,18 @@ def _how(found: Findings) -> list[tuple[str, str]]:
             "test texts, on which nothing was chosen."
         ),
         "Intervals": (
-            "95 %, for other seeds and other texts: the variance of the seeds' means and the variance between source "
-            f"files ({found.rows[0].accuracy.groups} of them: texts of one file are not independent) are added, with "
+            "95 %, for other seeds and other texts: the variance between training runs, pooled over methods because "
+            "few seeds say little about each by itself, and the variance between source files "
+            f"({found.rows[0].accuracy.groups} of them: texts of one file are not independent) are added, with "
             "Satterthwaite's degrees of freedom. What seeds and texts share in variance counts twice, so the interval "
             "errs on the wide side."
         ),
         "Tests": (
             "paired on the stored predictions: the difference of two methods on the same texts and seeds is estimated "
-            f"the same way and tested with t; Holm's correction over all {len(found.comparisons)} pairs, level 5 %. "
-            "“Cannot be told apart” does not mean equal: the intervals of the differences, which are not corrected, "
-            "say how large a difference these data leave possible."
+            "the same way, with the variance between runs pooled over all pairs, and tested with t; Holm's correction "
+            f"over all {len(found.comparisons)} pairs, level 5 %. “Cannot be told apart” does not mean equal: the "
+            "intervals of the differences say how large a difference these data leave possible. They hold all together "
+            "(Bonferroni)."
         ),
         "Learning rates": "each method's own, as the suite gives them; the suite says how they were found.",
         "Training time": (

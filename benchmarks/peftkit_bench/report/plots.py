@@ -37,8 +37,10 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "svg.hashsalt": "peftkit",
 }
-CLUSTER_PIXELS = 34
-"""Points nearer than this along x are spread sideways, and labelled in a column."""
+STACK_PIXELS = 12
+"""Points nearer than this along x are spread sideways."""
+COLUMN_PIXELS = 80
+"""Points nearer than this along x have their labels in one column."""
 DODGE_PIXELS = 9
 LINE_PIXELS = 21
 MARKERS = {ACCENT: "o", OWN: "D", BASE: "s"}
@@ -97,14 +99,13 @@ def _accuracy(found: Findings) -> tuple[Figure, list[Label]]:
         axes.tick_params(length=0, pad=6)
         figure.subplots_adjust(left=0.075, right=0.985, top=0.875, bottom=0.11)
         figure.canvas.draw()
-        clusters = _clusters(axes, rows)
-        places = {name: place for cluster in clusters for name, place in _places(axes, cluster).items()}
+        places = _places(axes, rows)
         _band(axes, found, places)
         _front(axes, found, places)
         for row in rows:
             _draw_point(axes, row, places[row.name][0])
         labels: list[Label] = []
-        for cluster in clusters:
+        for cluster in _chains(rows, {name: x for name, (x, _) in places.items()}, COLUMN_PIXELS):
             labels += _label_cluster(axes, cluster, places, rows, labels)
         _legend(axes, found)
         seeds = len({seed for row in rows for seed in row.seeds})
@@ -148,29 +149,30 @@ def _front(axes: Any, found: Findings, places: Mapping[str, Place]) -> None:
         axes.plot(*zip(*drawn, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
 
 
-def _clusters(axes: Any, rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that lie too near along x to be labelled at their points, together."""
-    found: list[list[Row]] = []
-    last = -math.inf
-    for row in sorted(rows, key=lambda r: r.trainable):
-        x = axes.transData.transform((row.trainable, 0))[0]
-        if x - last < CLUSTER_PIXELS:
-            found[-1].append(row)
-        else:
-            found.append([row])
-        last = x
+def _places(axes: Any, rows: Sequence[Row]) -> dict[str, Place]:
+    """Where each point is drawn: at its own place, or side by side in order of accuracy where several would hide."""
+    at = {row.name: axes.transData.transform((row.trainable, 100 * row.accuracy.mean)) for row in rows}
+    found = {}
+    for stack in _chains(rows, {name: x for name, (x, _) in at.items()}, STACK_PIXELS):
+        ordered = sorted(stack, key=lambda row: row.accuracy.mean)
+        middle = sum(at[row.name][0] for row in ordered) / len(ordered)
+        for index, row in enumerate(ordered):
+            found[row.name] = (middle + (index - (len(ordered) - 1) / 2) * DODGE_PIXELS, float(at[row.name][1]))
     return found
 
 
-def _places(axes: Any, cluster: Sequence[Row]) -> dict[str, Place]:
-    """Where the points of a cluster are drawn: side by side in order of accuracy; one alone at its own place."""
-    ordered = sorted(cluster, key=lambda row: row.accuracy.mean)
-    points = [axes.transData.transform((row.trainable, 100 * row.accuracy.mean)) for row in ordered]
-    middle = sum(x for x, _ in points) / len(points)
-    return {
-        row.name: (middle + (index - (len(ordered) - 1) / 2) * DODGE_PIXELS, float(y))
-        for index, (row, (_, y)) in enumerate(zip(ordered, points, strict=True))
-    }
+def _chains(rows: Sequence[Row], xs: Mapping[str, float], gap: float) -> list[list[Row]]:
+    """Rows of one kind in runs of neighbours along x that are nearer than `gap` to each other."""
+    found: list[list[Row]] = []
+    for kind in (True, False):
+        last = -math.inf
+        for row in sorted((r for r in rows if r.at_budget is kind), key=lambda r: xs[r.name]):
+            if xs[row.name] - last < gap:
+                found[-1].append(row)
+            else:
+                found.append([row])
+            last = xs[row.name]
+    return found
 
 
 def _draw_point(axes: Any, row: Row, x: float) -> None:
@@ -189,12 +191,12 @@ def _label_cluster(
     """Labels in a column beside the cluster, on the side where they hide less."""
     names = {row.name for row in cluster}
     others = [_bar_box(axes, row, places[row.name][0]) for row in rows if row.name not in names]
-    others += [label.box() for label in labels]
     inside = axes.get_window_extent()
 
     def hidden(made: Sequence[Label]) -> int:
         boxes = [label.box() for label in made]
         over = sum(bool(box.overlaps(other)) for box in boxes for other in others)
+        over += 5 * sum(bool(box.overlaps(label.box())) for box in boxes for label in labels)
         return over + 10 * sum(bool(box.x0 < inside.x0 or box.x1 > axes.figure.bbox.x1) for box in boxes)
 
     right = _column(axes, cluster, places, side=1)
@@ -228,7 +230,8 @@ def _column(axes: Any, cluster: Sequence[Row], places: Mapping[str, Place], side
             fontsize=10, color=own, va="center", ha="left" if side > 0 else "right", zorder=6,
             fontweight="bold" if row.baseline else "normal",
             arrowprops=None if len(ordered) == 1 else {
-                "arrowstyle": "-", "color": own, "linewidth": 0.7, "alpha": 0.5, "shrinkA": 2, "shrinkB": 5,
+                "arrowstyle": "-", "color": own, "linewidth": 0.7, "alpha": 0.5, "shrinkA": 1, "shrinkB": 5,
+                "relpos": ((1 - side) / 2, 0.5),
             },
         )  # fmt: skip
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # readable where it crosses a line
