@@ -283,6 +283,7 @@ def test_bench_report_refuses_a_folder_that_does_not_exist(command, engine, tmp_
 
 def test_bench_says_when_the_benchmarks_are_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "peftkit_bench", None)
+    monkeypatch.delitem(sys.modules, "peftkit_bench.engine", raising=False)
     with pytest.raises(ConfigError, match="is not installed, which `peftkit bench` needs"):
         cli._bench_module("engine")
 
