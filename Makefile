@@ -66,7 +66,7 @@ exit 1
 endef
 
 demo: $(STAMP)  ## compare ways to fine-tune a real model on real text; writes reports/quick/
-	@$(OFFLINE) $(PY) -m peftkit.cli bench run $(SUITE) --out $(REPORT)
+	@$(OFFLINE) $(PY) -m peftkit.cli bench run $(SUITE) --out $(REPORT) --jobs $(JOBS)
 	@echo
 	@echo "The report:  $(REPORT)/index.html  (the same as text: $(REPORT)/report.md)"
 
@@ -90,7 +90,7 @@ kernels:  ## compiled operations (this version has none)
 	@echo "This version has no compiled operations: every method runs on plain PyTorch. See kernels/README.md."
 
 bench: $(STAMP)  ## run one suite: make bench SUITE=benchmarks/suites/quick.yaml REPORT=reports/quick
-	@$(OFFLINE) $(PY) -m peftkit.cli bench run $(SUITE) --out $(REPORT)
+	@$(OFFLINE) $(PY) -m peftkit.cli bench run $(SUITE) --out $(REPORT) --jobs $(JOBS)
 
 gpu-check: $(STAMP)  ## the tests that need a CUDA device; says so when there is none
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
