@@ -39,8 +39,6 @@ class Family:
     """Slot -> paths relative to a block; "a if b" stands for a in the blocks that hold b."""
     post_norm: bool = False
     """Whether a sub-layer's norm follows its residual sum, as in BERT; False: it precedes the sub-layer."""
-    position_offset: bool = True
-    """Whether a prefix shifts the positions of the tokens behind it, as a filled key-value cache does."""
 
 
 _BERT_SLOTS = {

@@ -143,6 +143,16 @@ def low_rank_gradients(
     return grad_x, grad_down, grad_up
 
 
+def _adapted_gradients(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (weight + scale * up @ down) @ x for x, down and up; inputs 0, 3 and 4 of the function of `ctx`."""
+    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+    onto = grad @ weight if needed[0] else None
+    grad_x, grad_down, grad_up = low_rank_gradients(grad, _rows(x), down, up, ctx.scale, needed, onto)
+    return None if grad_x is None else grad_x.view(x.shape), grad_down, grad_up
+
+
 class _LoraLinear(torch.autograd.Function):
     """A frozen linear layer and its low-rank update as one step of the graph."""
 
@@ -157,11 +167,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, down, up = ctx.saved_tensors
-        grad = _rows(grads[0])
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
-        onto = grad @ weight if needed[0] else None
-        grad_x, grad_down, grad_up = low_rank_gradients(grad, _rows(x), down, up, ctx.scale, needed, onto)
-        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        grad_x, grad_down, grad_up = _adapted_gradients(ctx, _rows(grads[0]), x, weight, down, up)
         return grad_x, None, None, grad_down, grad_up, None
 
 
@@ -212,10 +218,7 @@ class _DoraLinear(torch.autograd.Function):
             total = (grad * turned).sum(0, dtype=magnitude.dtype)
             grad_magnitude = torch.where(magnitude == 0, 0, total / magnitude)
         grad = grad * factors.to(grad.dtype)
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
-        onto = grad @ weight if needed[0] else None
-        grad_x, grad_down, grad_up = low_rank_gradients(grad, _rows(x), down, up, ctx.scale, needed, onto)
-        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        grad_x, grad_down, grad_up = _adapted_gradients(ctx, grad, x, weight, down, up)
         return grad_x, None, None, grad_down, grad_up, grad_magnitude, None, None
 
 
