@@ -140,7 +140,7 @@ def load(
     if is_wrapped(model) and record_of(model).merged:
         raise ConfigError("adapters are merged into the weights; call peftkit.unmerge(model) before loading another")
     source = folder.located(path, name)
-    config = read_config(source, model)
+    config = targets.without_idle(model, read_config(source, model))
     tensors = folder.read_tensors(source)
     planned = plan(model, config)
     tensors = _checked(planned, _without_base_copies(model, tensors, source, ignore), source, ignore)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
 from peftkit import backbones
 from peftkit.errors import BackboneError, ConfigError, TargetError, nearest
 from peftkit.spec import Attach, Config, Method, Site, is_weight_module
+
+C = TypeVar("C", bound=Config)
 
 HOLDER = "peftkit"
 """Name of the child module that holds adapters; never a target."""
@@ -113,6 +115,36 @@ def _check_patterns(config: Config, paths: Sequence[str]) -> None:
                 raise TargetError(f"{field}: {pattern!r} matches no target; {nearest(pattern, names)}")
             if field == "rank_pattern" and isinstance(value, int) and value < 1:
                 raise ConfigError(f"{field}: the rank of {pattern!r} must be at least 1, found {value}")
+
+
+def without_idle(model: nn.Module, config: C) -> C:
+    """The config without the names and patterns that select nothing in the model.
+
+    In a folder they cannot hide a mistake, because its tensors say which modules were trained. Where nothing would
+    remain of target_modules, it stays as it is.
+    """
+    known = [p for p, _ in modules(model) if p]
+    changed: dict[str, Any] = {}
+    for field in ("target_modules", "exclude_modules"):
+        names = getattr(config, field)
+        if isinstance(names, tuple):
+            live = tuple(n for n in names if any(suffix_match(p, n) for p in known))
+            changed[field] = live or (names if field == "target_modules" else None)
+    config = dataclasses.replace(config, **changed)
+    selected = narrow(model, config, known)
+    patterns: dict[str, Any] = {}
+    for field in ("rank_pattern", "alpha_pattern"):
+        values = getattr(config, field, None)
+        if isinstance(values, Mapping):
+            patterns[field] = {k: v for k, v in values.items() if _may_select(k, selected)}
+    return dataclasses.replace(config, **patterns)
+
+
+def _may_select(pattern: str, paths: Sequence[str]) -> bool:
+    try:
+        return any(pattern_match(pattern, p) for p in paths)
+    except re.error:  # refused by name when the config is planned
+        return True
 
 
 def pattern_match(pattern: str, path: str) -> bool:

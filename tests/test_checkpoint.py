@@ -288,10 +288,10 @@ FIELDS = {
     "target_modules": [3, {"a": 1}, [[["q_proj"]]], ["q_proj", 3], ["q_proj", "nowhere"], "(", "(?P<x", [""], []],
     "layers_to_transform": [["0"], 99, [-1], True, 1.5],
     "modules_to_save": ["lm_head", [3], ["nowhere"]],
-    "rank_pattern": [[], {"q_proj": "8"}, {"(": 4}, {"nowhere": 4}, {"q_proj": -4}, 3],
-    "alpha_pattern": [{"q_proj": None}, "x", {"nowhere": 1}],
+    "rank_pattern": [[], {"q_proj": "8"}, {"(": 4}, {"q_proj": -4}, 3],
+    "alpha_pattern": [{"q_proj": None}, "x"],
     "peft_type": [None, 3, "EVIL", ["LORA"], {}, "lora"],
-    "exclude_modules": [["nowhere"], 3, "["],
+    "exclude_modules": [3, "["],
     "task_type": [3, ["x"]],
 }
 
