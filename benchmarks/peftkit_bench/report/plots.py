@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
@@ -229,12 +228,13 @@ def _column(axes: Any, cluster: Sequence[Row], places: Mapping[str, Place], side
             f"{row.name}  {percent(row.accuracy.mean)}", xy=back(places[row.name]), xytext=back((column, height)),
             fontsize=10, color=own, va="center", ha="left" if side > 0 else "right", zorder=6,
             fontweight="bold" if row.baseline else "normal",
+            # Readable where it lies on a line.
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
             arrowprops=None if len(ordered) == 1 else {
                 "arrowstyle": "-", "color": own, "linewidth": 0.7, "alpha": 0.5, "shrinkA": 1, "shrinkB": 5,
                 "relpos": ((1 - side) / 2, 0.5),
             },
         )  # fmt: skip
-        text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # readable where it crosses a line
         labels.append(Label(row.name, text))
     return labels
 
