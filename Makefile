@@ -66,6 +66,7 @@ exit 1
 endef
 
 demo: $(STAMP)  ## compare ways to fine-tune a real model on real text; writes reports/quick/
+	@$(PY) -m peftkit_kernels build --if-possible
 	@$(OFFLINE) $(PY) -m peftkit.cli bench run $(SUITE) --out $(REPORT) --jobs $(JOBS)
 	@echo
 	@echo "The report:  $(REPORT)/index.html  (the same as text: $(REPORT)/report.md)"
@@ -73,6 +74,8 @@ demo: $(STAMP)  ## compare ways to fine-tune a real model on real text; writes r
 test: $(STAMP)  ## lint, types, import contracts and every test; fails if one of them fails
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
+	echo "== compiled operations"; \
+	$(PY) -m peftkit_kernels build --if-possible || status=1; \
 	echo "== pytest"; \
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) || status=1; \
 	if [ $$status = 0 ]; then echo "all checks passed"; else echo "some checks FAILED"; fi; \
@@ -86,8 +89,9 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	echo "== import contracts";    $(PY) -c 'from importlinter.cli import lint_imports_command as run; run()' || status=1; \
 	exit $$status
 
-kernels:  ## compiled operations (this version has none)
-	@echo "This version has no compiled operations: every method runs on plain PyTorch. See kernels/README.md."
+kernels: $(STAMP)  ## compile the operations for the CPU, and for CUDA where nvcc is
+	@$(PY) -m peftkit_kernels build $(if $(shell command -v nvcc),--cuda)
+	@$(PY) -m peftkit_kernels status
 
 bench: $(STAMP)  ## run one suite: make bench SUITE=benchmarks/suites/quick.yaml REPORT=reports/quick
 	@$(OFFLINE) $(PY) -m peftkit.cli bench run $(SUITE) --out $(REPORT) --jobs $(JOBS)

@@ -181,7 +181,7 @@ def every_config() -> str:
 def file_map() -> str:
     """One line for each file of the code: its path and the first line of its docstring."""
     rows = []
-    for folder in ("peftkit", "benchmarks/peftkit_bench"):
+    for folder in ("peftkit", "kernels/peftkit_kernels", "benchmarks/peftkit_bench"):
         for path in sorted((ROOT / folder).rglob("*.py"), key=_in_folder_order):
             text = first_sentence(ast.get_docstring(ast.parse(path.read_text())))
             rows.append((f"`{path.relative_to(ROOT).as_posix()}`", text))

@@ -301,7 +301,7 @@ def doctor(as_json: Json = False) -> None:
         print(f"  {device.name:<8} {device.description}{memory}")
     print(f"  PyTorch uses {found.threads} thread{'s' if found.threads != 1 else ''} for one operation on the CPU")
     print("\ncompiled operations")
-    print(f"  {', '.join(found.built) or 'none in this version'}")
+    print(f"  {', '.join(found.built) or 'none is built'}")
     if found.third_party_methods:
         print(f"\nmethods registered by other packages\n  {', '.join(found.third_party_methods)}")
     print("\nmissing")
@@ -375,6 +375,39 @@ def bench_speed(
     print(speed.table(timings))
     if out is not None:
         speed.write(timings, out)
+        print(f"records: {out}")
+
+
+@bench.command("ops")
+def bench_ops(
+    out: Annotated[Path | None, typer.Option("--out", help="JSONL file that the timings are appended to.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option("--threads", help="Threads of torch; 0: as many as it takes.")] = 0,
+    only: Annotated[str, typer.Option("--only", help="Operations by name, such as merge_lora.")] = "",
+) -> None:
+    """Time compiled operations against bitsandbytes and Hugging Face peft, interleaved in this process."""
+    import torch
+
+    ops = _bench_module("ops")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is visible to PyTorch; leave --device out to time the CPU code")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        timings = ops.measure(
+            torch.device(device), lambda text: print(text, file=sys.stderr, flush=True), only.replace(",", " ").split()
+        )
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name} is not installed, which the comparison needs; pip install 'peftkit[compare,quantized]'"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    print(ops.table(timings))
+    if out is not None:
+        ops.write(timings, out)
         print(f"records: {out}")
 
 

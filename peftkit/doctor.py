@@ -6,11 +6,13 @@ import dataclasses
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import peftkit_kernels
 import torch
 
 from peftkit import __version__
@@ -74,7 +76,7 @@ class Diagnosis:
     threads: int
     """Threads that PyTorch uses for one operation on the CPU."""
     built: tuple[str, ...]
-    """Compiled operations that are built."""
+    """Compiled operations that are built and run here."""
     third_party_methods: tuple[str, ...]
     """Methods that other packages registered."""
     missing: tuple[str, ...]
@@ -96,7 +98,8 @@ def examine() -> Diagnosis:
     missing = [f"{p.name} is not installed: needed for {p.needed_for}" for p in packages if p.version is None]
     if len(devices) == 1:
         missing.append("no accelerator is visible to PyTorch: everything runs on the CPU; needed for large models only")
-    missing.append("compiled operations: this version has none; every method runs on plain PyTorch")
+    operations = peftkit_kernels.status()
+    missing += _not_compiled(operations)
     known = {method.name for method in BUILT_IN}
     return Diagnosis(
         peftkit=__version__,
@@ -105,10 +108,23 @@ def examine() -> Diagnosis:
         packages=packages,
         devices=devices,
         threads=torch.get_num_threads(),
-        built=(),
+        built=tuple(f"{s.op} ({s.device})" for s in operations if s.runnable),
         third_party_methods=tuple(name for name in METHODS if name not in known),
         missing=tuple(missing),
     )
+
+
+def _not_compiled(operations: Sequence[peftkit_kernels.Status]) -> list[str]:
+    """One sentence for each reason why compiled operations are not used on the devices that are here."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for status in operations:
+        here = status.device == "cpu" or torch.cuda.is_available()
+        if here and not status.runnable and peftkit_kernels.has_code(status.op, status.device):
+            reasons.setdefault((status.device, status.note), []).append(status.op)
+    return [
+        f"compiled operations for {device} are not in use ({', '.join(names)}): {note}; plain PyTorch is used instead"
+        for (device, note), names in reasons.items()
+    ]
 
 
 def _version(name: str) -> str | None:

@@ -64,7 +64,7 @@ def test_a_page_that_is_edited_by_hand_counts_as_stale(generate, tmp_path, monke
         copy = tmp_path / page.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(page.read_text())
-    for folder in ("peftkit", "benchmarks"):
+    for folder in ("peftkit", "kernels", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "PAGES", tmp_path / "docs" / "methods")

@@ -16,7 +16,11 @@ import pytest
 import peftkit
 
 ROOT = Path(__file__).parents[1]
-SOURCE_ROOTS = {"peftkit": ROOT / "peftkit", "peftkit_bench": ROOT / "benchmarks" / "peftkit_bench"}
+SOURCE_ROOTS = {
+    "peftkit": ROOT / "peftkit",
+    "peftkit_bench": ROOT / "benchmarks" / "peftkit_bench",
+    "peftkit_kernels": ROOT / "kernels" / "peftkit_kernels",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -61,14 +65,21 @@ def test_wheel_holds_the_data_that_the_code_reads(wheel):
         for path in SOURCE_ROOTS["peftkit_bench"].rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
+    kernels = SOURCE_ROOTS["peftkit_kernels"]
+    compiled = {
+        f"peftkit_kernels/{path.relative_to(kernels).as_posix()}"
+        for path in kernels.rglob("*")
+        if path.suffix in (".h", ".cpp", ".cu")
+    }
     assert "peftkit_bench/suites/quick.yaml" in suites
     assert "peftkit/py.typed" in packed
-    assert suites | templates <= packed
+    assert compiled
+    assert suites | templates | compiled <= packed
 
 
 def test_wheel_holds_nothing_else(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
-    assert tops == {"peftkit", "peftkit_bench", f"peftkit-{peftkit.__version__}.dist-info"}
+    assert tops == {"peftkit", "peftkit_bench", "peftkit_kernels", f"peftkit-{peftkit.__version__}.dist-info"}
 
 
 def test_wheel_states_version_licence_and_command(wheel):

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import json
-import random
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit_bench.record import environment
+from peftkit_bench.timing import interleaved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,28 +109,6 @@ def cases() -> list[Case]:
             )
         )
     return found
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` times each, in an order shuffled every round."""
-    order = list(calls)
-    generator = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(warm_up):
-        for name in order:
-            calls[name]()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            generator.shuffle(order)
-            for name in order:
-                start = time.perf_counter()
-                calls[name]()
-                times[name].append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-    return times
 
 
 def _perturb(model: nn.Module) -> None:

@@ -1,0 +1,31 @@
+"""Times of calls that are made in turn, so that a drift of the machine's speed meets all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of each call, `rounds` times each, in an order shuffled every round."""
+    order = list(calls)
+    generator = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(warm_up):
+        for name in order:
+            calls[name]()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            generator.shuffle(order)
+            for name in order:
+                start = time.perf_counter()
+                calls[name]()
+                times[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return times

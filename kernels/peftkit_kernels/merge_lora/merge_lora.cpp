@@ -1,0 +1,338 @@
+// weight + scale * up @ down in place, what undoes it, and undoing it; see reference.py for the definition.
+//
+// Rows are worked on in groups that share the factors in cache. The sums are taken in double, one rank after the other, as
+// in the reference, so that the bits are those of every other implementation.
+
+#include "peftkit_cpu.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace {
+
+using peftkit::ScalarType;
+using peftkit::Tensor;
+
+constexpr int64_t kRows = 4;      // rows of a group
+constexpr int64_t kColumns = 16;  // columns of a tile
+constexpr uint8_t kSkips = 255;
+constexpr int8_t kEscape = -128;
+constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15ull;
+
+typedef double Lanes __attribute__((vector_size(64)));
+
+// out[i][j] = scale * sum_k up[i][k] tiles[j][k] for kRows rows; `tiles` holds (columns / 16, r, 16).
+PEFTKIT_CLONES void products(const double* tiles, const double* up, int64_t rank, int64_t columns, double scale,
+                             float* out, int64_t stride) {
+  for (int64_t tile = 0; tile * kColumns < columns; ++tile) {
+    const double* from = tiles + tile * rank * kColumns;
+    Lanes a0{}, a1{}, b0{}, b1{}, c0{}, c1{}, d0{}, d1{};
+    for (int64_t k = 0; k < rank; ++k) {
+      Lanes low, high;
+      std::memcpy(&low, from + k * kColumns, sizeof low);
+      std::memcpy(&high, from + k * kColumns + 8, sizeof high);
+      a0 += up[k] * low;
+      a1 += up[k] * high;
+      b0 += up[rank + k] * low;
+      b1 += up[rank + k] * high;
+      c0 += up[2 * rank + k] * low;
+      c1 += up[2 * rank + k] * high;
+      d0 += up[3 * rank + k] * low;
+      d1 += up[3 * rank + k] * high;
+    }
+    const Lanes* sums[kRows][2] = {{&a0, &a1}, {&b0, &b1}, {&c0, &c1}, {&d0, &d1}};
+    for (int64_t row = 0; row < kRows; ++row) {
+      float* to = out + row * stride + tile * kColumns;
+      for (int64_t half = 0; half < 2; ++half) {
+        const Lanes scaled = *sums[row][half] * scale;
+        for (int64_t lane = 0; lane < 8; ++lane) to[half * 8 + lane] = static_cast<float>(scaled[lane]);
+      }
+    }
+  }
+}
+
+template <class Format>
+PEFTKIT_CLONES void add(typename Format::Bits* weight, const float* change, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) weight[i] = Format::store(Format::load(weight[i]) + change[i]);
+}
+
+template <class Format>
+PEFTKIT_CLONES void subtract(typename Format::Bits* weight, const float* change, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) weight[i] = Format::store(Format::load(weight[i]) - change[i]);
+}
+
+// Adds, and writes what subtracting would give to `guess`; how many elements that gets wrong.
+template <class Format>
+PEFTKIT_CLONES int64_t add_and_guess(typename Format::Bits* weight, const float* change, typename Format::Bits* guess,
+                                     typename Format::Bits* own, int64_t count) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto before = weight[i];
+    const auto after = Format::store(Format::load(before) + change[i]);
+    const auto back = Format::store(Format::load(after) - change[i]);
+    own[i] = before;
+    weight[i] = after;
+    guess[i] = back;
+    wrong += back != before;
+  }
+  return wrong;
+}
+
+template <class Bits>
+PEFTKIT_CLONES uint64_t checksum(const Bits* values, uint64_t first, int64_t count) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += (static_cast<uint64_t>(values[i]) + 1) * (((first + static_cast<uint64_t>(i)) * kMultiplier) | 1);
+  }
+  return sum;
+}
+
+// A factor as doubles, whatever its dtype.
+std::vector<double> doubles(const Tensor& factor) {
+  std::vector<double> out(factor.numel());
+  peftkit::with_format(factor.scalar_type(), "merge_lora", [&](auto format) {
+    using Format = decltype(format);
+    const auto* from = static_cast<const typename Format::Bits*>(factor.const_data_ptr());
+    for (size_t i = 0; i < out.size(); ++i) out[i] = Format::load(from[i]);
+  });
+  return out;
+}
+
+struct Factors {
+  int64_t rank, columns, padded;
+  double scale;
+  std::vector<double> tiles;  // (padded / 16, rank, 16), zero beyond the columns
+  std::vector<double> up;     // (rows, rank)
+
+  Factors(const Tensor& down, const Tensor& wide_up, double by)
+      : rank(down.size(0)),
+        columns(down.size(1)),
+        padded((columns + kColumns - 1) / kColumns * kColumns),
+        scale(by),
+        tiles(static_cast<size_t>(padded * rank), 0.0),
+        up(doubles(wide_up)) {
+    const std::vector<double> flat = doubles(down);
+    for (int64_t k = 0; k < rank; ++k) {
+      for (int64_t j = 0; j < columns; ++j) {
+        tiles[((j / kColumns) * rank + k) * kColumns + j % kColumns] = flat[k * columns + j];
+      }
+    }
+  }
+
+  // scale * up @ down for `count` rows from `first` on into `out`, rows `padded` apart.
+  void rows(int64_t first, int64_t count, float* out) const {
+    std::vector<double> group(kRows * rank, 0.0);
+    std::copy_n(up.data() + first * rank, count * rank, group.data());
+    products(tiles.data(), group.data(), rank, columns, scale, out, padded);
+  }
+};
+
+void check(const Tensor& weight, const Tensor& down, const Tensor& up) {
+  STD_TORCH_CHECK(weight.is_contiguous() && down.is_contiguous() && up.is_contiguous(),
+                  "merge_lora: compiled code takes contiguous tensors");
+  STD_TORCH_CHECK(weight.dim() == 2 && down.dim() == 2 && up.dim() == 2 && down.size(0) == up.size(1) &&
+                      weight.size(0) == up.size(0) && weight.size(1) == down.size(1),
+                  "merge_lora: expected weight (out, in), down (r, in) and up (out, r)");
+}
+
+template <class Work>
+void each_group(int64_t rows, int64_t padded, Work&& work) {
+  const int64_t groups = (rows + kRows - 1) / kRows;
+  torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (kRows * padded + 1)),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<float> change(kRows * padded);
+                                for (int64_t group = begin; group < end; ++group) {
+                                  const int64_t first = group * kRows;
+                                  work(first, std::min(kRows, rows - first), change.data());
+                                }
+                              });
+}
+
+void merge(Tensor weight, Tensor down, Tensor up, double scale) {
+  check(weight, down, up);
+  const Factors factors(down, up, scale);
+  const int64_t columns = factors.columns;
+  peftkit::with_format(weight.scalar_type(), "merge_lora_", [&](auto format) {
+    using Format = decltype(format);
+    auto* to = static_cast<typename Format::Bits*>(weight.mutable_data_ptr());
+    each_group(weight.size(0), factors.padded, [&](int64_t first, int64_t count, float* change) {
+      factors.rows(first, count, change);
+      for (int64_t row = 0; row < count; ++row) {
+        add<Format>(to + (first + row) * columns, change + row * factors.padded, columns);
+      }
+    });
+  });
+}
+
+// What one row needs beside the factors, in the order of the columns.
+template <class Bits>
+struct RowResidual {
+  std::vector<uint8_t> gaps;
+  std::vector<int8_t> codes;
+  std::vector<Bits> escapes;
+
+  void take(const Bits* own, const Bits* guess, int64_t count) {
+    int64_t last = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      if (own[i] == guess[i]) continue;
+      int64_t passed = i - last - 1;
+      for (; passed >= kSkips; passed -= kSkips) gaps.push_back(kSkips);
+      gaps.push_back(static_cast<uint8_t>(passed));
+      const int64_t step = static_cast<int64_t>(static_cast<std::make_signed_t<Bits>>(own[i])) -
+                           static_cast<int64_t>(static_cast<std::make_signed_t<Bits>>(guess[i]));
+      const bool narrow = step > kEscape && step < -static_cast<int64_t>(kEscape);
+      codes.push_back(narrow ? static_cast<int8_t>(step) : kEscape);
+      if (!narrow) escapes.push_back(own[i]);
+      last = i;
+    }
+  }
+};
+
+Tensor sum_of(const Tensor& like, uint64_t sum) {
+  Tensor out = torch::stable::new_empty(like, {1}, std::make_optional(ScalarType::Long));
+  *static_cast<int64_t*>(out.mutable_data_ptr()) = static_cast<int64_t>(sum);
+  return out;
+}
+
+using Residual = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Residual merge_reversibly(Tensor weight, Tensor down, Tensor up, double scale) {
+  check(weight, down, up);
+  const Factors factors(down, up, scale);
+  const int64_t rows = weight.size(0), columns = factors.columns;
+  return peftkit::with_format(weight.scalar_type(), "merge_lora_reversibly_", [&](auto format) {
+    using Format = decltype(format);
+    using Bits = typename Format::Bits;
+    auto* to = static_cast<Bits*>(weight.mutable_data_ptr());
+    std::vector<RowResidual<Bits>> found(rows);
+    std::vector<uint64_t> sums(rows);
+    each_group(rows, factors.padded, [&](int64_t first, int64_t count, float* change) {
+      std::vector<Bits> own(columns), guess(columns);
+      factors.rows(first, count, change);
+      for (int64_t row = first; row < first + count; ++row) {
+        const float* by = change + (row - first) * factors.padded;
+        const int64_t wrong = add_and_guess<Format>(to + row * columns, by, guess.data(), own.data(), columns);
+        sums[row] = checksum<Bits>(own.data(), static_cast<uint64_t>(row * columns), columns);
+        if (wrong == 0) continue;
+        found[row].gaps.reserve(wrong);
+        found[row].codes.reserve(wrong);
+        found[row].take(own.data(), guess.data(), columns);
+      }
+    });
+    Tensor starts = torch::stable::new_empty(weight, {3, rows + 1}, std::make_optional(ScalarType::Int));
+    auto* start = static_cast<int32_t*>(starts.mutable_data_ptr());
+    int32_t* begins[3] = {start, start + rows + 1, start + 2 * (rows + 1)};
+    for (int32_t* begin : begins) begin[0] = 0;
+    uint64_t sum = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const size_t sizes[3] = {found[row].gaps.size(), found[row].codes.size(), found[row].escapes.size()};
+      for (int place = 0; place < 3; ++place) {
+        STD_TORCH_CHECK(begins[place][row] + sizes[place] < (1ull << 31), "merge_lora: the weight is too large");
+        begins[place][row + 1] = begins[place][row] + static_cast<int32_t>(sizes[place]);
+      }
+      sum += sums[row];
+    }
+    Tensor gaps = torch::stable::new_empty(weight, {begins[0][rows]}, std::make_optional(ScalarType::Byte));
+    Tensor codes = torch::stable::new_empty(weight, {begins[1][rows]}, std::make_optional(ScalarType::Char));
+    const ScalarType wide = sizeof(Bits) == 2 ? ScalarType::Short : ScalarType::Int;
+    Tensor escapes = torch::stable::new_empty(weight, {begins[2][rows]}, std::make_optional(wide));
+    auto* gap = static_cast<uint8_t*>(gaps.mutable_data_ptr());
+    auto* code = static_cast<int8_t*>(codes.mutable_data_ptr());
+    auto* escape = static_cast<Bits*>(escapes.mutable_data_ptr());
+    for (int64_t row = 0; row < rows; ++row) {
+      std::copy(found[row].gaps.begin(), found[row].gaps.end(), gap + begins[0][row]);
+      std::copy(found[row].codes.begin(), found[row].codes.end(), code + begins[1][row]);
+      std::copy(found[row].escapes.begin(), found[row].escapes.end(), escape + begins[2][row]);
+    }
+    return Residual(gaps, codes, escapes, starts, sum_of(weight, sum));
+  });
+}
+
+Tensor unmerge(Tensor weight, Tensor down, Tensor up, double scale, Tensor gaps, Tensor codes, Tensor escapes,
+               Tensor starts) {
+  check(weight, down, up);
+  const int64_t rows = weight.size(0);
+  STD_TORCH_CHECK(gaps.is_contiguous() && codes.is_contiguous() && escapes.is_contiguous() && starts.is_contiguous() &&
+                      starts.dim() == 2 && starts.size(0) == 3 && starts.size(1) == rows + 1 &&
+                      starts.scalar_type() == ScalarType::Int,
+                  "unmerge_lora_: the residual is not that of this weight");
+  const auto* start = static_cast<const int32_t*>(starts.const_data_ptr());
+  const int64_t sizes[3] = {gaps.numel(), codes.numel(), escapes.numel()};
+  for (int64_t place = 0; place < 3; ++place) {
+    const int32_t* begin = start + place * (rows + 1);
+    bool fits = begin[0] == 0 && begin[rows] == sizes[place];
+    for (int64_t row = 0; row < rows; ++row) fits = fits && begin[row] <= begin[row + 1];
+    STD_TORCH_CHECK(fits, "unmerge_lora_: the residual is damaged: its parts do not have the sizes that it names");
+  }
+  const Factors factors(down, up, scale);
+  const int64_t columns = factors.columns;
+  return peftkit::with_format(weight.scalar_type(), "unmerge_lora_", [&](auto format) {
+    using Format = decltype(format);
+    using Bits = typename Format::Bits;
+    auto* to = static_cast<Bits*>(weight.mutable_data_ptr());
+    const auto* gap = static_cast<const uint8_t*>(gaps.const_data_ptr());
+    const auto* code = static_cast<const int8_t*>(codes.const_data_ptr());
+    const auto* escape = static_cast<const Bits*>(escapes.const_data_ptr());
+    std::vector<uint64_t> sums(rows);
+    each_group(rows, factors.padded, [&](int64_t first, int64_t count, float* change) {
+      factors.rows(first, count, change);
+      for (int64_t row = first; row < first + count; ++row) {
+        Bits* own = to + row * columns;
+        subtract<Format>(own, change + (row - first) * factors.padded, columns);
+        int64_t place = -1;
+        const int8_t* next = code + start[rows + 1 + row];
+        const int8_t* last = code + start[rows + 1 + row + 1];
+        const Bits* raw = escape + start[2 * (rows + 1) + row];
+        const Bits* raw_end = escape + start[2 * (rows + 1) + row + 1];
+        for (int32_t at = start[row]; at < start[row + 1]; ++at) {
+          if (gap[at] == kSkips) {
+            place += kSkips;
+            continue;
+          }
+          place += gap[at] + 1;
+          // A damaged residual must not write outside of the row; the checksum tells that it is damaged.
+          if (place >= columns || next == last) break;
+          const int8_t step = *next++;
+          if (step != kEscape) {
+            own[place] = static_cast<Bits>(own[place] + static_cast<Bits>(static_cast<std::make_signed_t<Bits>>(step)));
+          } else if (raw != raw_end) {
+            own[place] = *raw++;
+          }
+        }
+        sums[row] = checksum<Bits>(own, static_cast<uint64_t>(row * columns), columns);
+      }
+    });
+    uint64_t sum = 0;
+    for (uint64_t part : sums) sum += part;
+    return sum_of(weight, sum);
+  });
+}
+
+// The same sum over the bits of a whole tensor.
+Tensor checksum_of(Tensor tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), "checksum: compiled code takes contiguous tensors");
+  return peftkit::with_format(tensor.scalar_type(), "checksum", [&](auto format) {
+    using Bits = typename decltype(format)::Bits;
+    const auto* from = static_cast<const Bits*>(tensor.const_data_ptr());
+    constexpr int64_t block = 1 << 16;
+    const int64_t count = tensor.numel(), blocks = (count + block - 1) / block;
+    std::vector<uint64_t> sums(blocks);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        sums[i] = checksum<Bits>(from + i * block, static_cast<uint64_t>(i * block), std::min(block, count - i * block));
+      }
+    });
+    uint64_t sum = 0;
+    for (uint64_t part : sums) sum += part;
+    return sum_of(tensor, sum);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(peftkit, CPU, library) {
+  library.impl("merge_lora_", TORCH_BOX(&merge));
+  library.impl("merge_lora_reversibly_", TORCH_BOX(&merge_reversibly));
+  library.impl("unmerge_lora_", TORCH_BOX(&unmerge));
+  library.impl("checksum", TORCH_BOX(&checksum_of));
+}
