@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import checkpointed
 from torch import Tensor, nn
 
 import peftkit
@@ -689,9 +690,7 @@ def test_checkpointing_changes_no_gradient(name: str, case: str, reentrant: bool
     model(**inputs).loss.backward()
     plain = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    # Renamed within the range of transformers that is supported.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    checkpointed(model, reentrant)
     if reentrant:
         model.enable_input_require_grads()
         if name in ("bart", "t5"):

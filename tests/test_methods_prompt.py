@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import checkpointed
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -400,7 +401,7 @@ def test_checkpointing_gives_the_same_gradients(name: str, backbone: str) -> Non
                 module.p = 0.0
         model.config.use_cache = False
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpointed(model)
         model(input_ids=tokens(), labels=tokens()).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for key, value in gradients[0].items():

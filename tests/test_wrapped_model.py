@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import adapted, alone, bits, built, ddp_worker, fitted, logits, lora, loss, picture, randomise
+from tiny import adapted, alone, bits, built, checkpointed, ddp_worker, fitted, logits, lora, loss, picture, randomise
 from torch import nn
 
 import peftkit
@@ -234,12 +234,11 @@ def test_gradient_checkpointing_gives_equal_gradients(name, reentrant, first):
     torch.manual_seed(3)
     loss(name, plain).backward()
     model = built(name).train()
-    settings = {"use_reentrant": reentrant}
     if first == "checkpointing":
-        model.activation_checkpointing_enable(settings)
+        checkpointed(model, reentrant)
     fitted(model, lora_dropout=0.3)
     if first == "wrap":
-        model.activation_checkpointing_enable(settings)
+        checkpointed(model, reentrant)
     torch.manual_seed(3)
     loss(name, model).backward()
     expected = {key: parameter.grad for key, parameter in plain.named_parameters() if parameter.requires_grad}

@@ -53,6 +53,14 @@ def randomise(model: nn.Module, name: str = "default", seed: int = 1) -> nn.Modu
     return model
 
 
+def checkpointed(model: Any, reentrant: bool = False) -> nn.Module:
+    """The same model with gradient checkpointing switched on."""
+    # transformers 5.23 renamed the method; earlier versions have the older name only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    return model
+
+
 def bits(tensor: Tensor) -> bytes:
     """The tensor's bytes, so that -0.0 differs from 0.0 and a NaN equals itself."""
     return (

@@ -26,7 +26,6 @@ from peftkit.testing.subject import (
 )
 from peftkit.wrap import adapters_of
 
-_CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -255,8 +254,8 @@ def check_gradient_checkpointing(s: Subject) -> None:
     wanted = {k: _gradient(p) for k, p in trainable(model).items()}
     model.zero_grad(set_to_none=True)
     # transformers 5.23 renamed the method and deprecates the older name, the only one that earlier versions have.
-    renamed = getattr(model, "activation_checkpointing_enable", None)
-    (renamed or model.gradient_checkpointing_enable)(**{_CHECKPOINTING[renamed is not None]: {"use_reentrant": False}})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     torch.manual_seed(4)
     again = s.loss(model)
     again.backward()
