@@ -16,6 +16,7 @@ from peftkit import backbones, fingerprint, folder, targets
 from peftkit.errors import BaseMismatchError, CheckpointError, ConfigError, PeftkitError, nearest
 from peftkit.methods import METHODS
 from peftkit.plan import Plan, plan
+from peftkit.sharding import gathered
 from peftkit.spec import METADATA_PREFIX, Method, PeftFormat, State
 from peftkit.swap import original_class
 from peftkit.whole import WholeModule
@@ -63,7 +64,7 @@ def save(
     """
     record = record_of(model)
     planned, tensors_by_site = _stored(model, name)
-    tensors = {k: fingerprint.whole(t).detach().cpu().contiguous() for k, t in packed(planned, tensors_by_site).items()}
+    tensors = {k: gathered(t).detach().cpu().contiguous() for k, t in packed(planned, tensors_by_site).items()}
     destination = Path(path) if name == "default" else Path(path) / name
     provenance = dict(record.provenance.get(name, {}))
     if "base" not in provenance:

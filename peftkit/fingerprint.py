@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import targets
+from peftkit.sharding import gathered
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLE = 1 << 14
@@ -32,19 +33,9 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(text + sample).hexdigest()[:16]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, which every rank must ask for; any other as it is."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
-    return tensor
-
-
 def digests(tensor: Tensor, dtypes: tuple[str, ...] = tuple(DTYPES)) -> dict[str, str]:
     """Digest of the tensor by the dtype it is first rounded to."""
-    tensor = whole(tensor)
+    tensor = gathered(tensor)
     return {name: _digest(tensor.to(DTYPES[name])) for name in dtypes}
 
 

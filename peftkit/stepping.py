@@ -95,26 +95,6 @@ class Stepped(Adapter):
             self.after_step()
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor; any other as it is. Every rank must call it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
-    return tensor
-
-
-def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of a whole tensor, laid out as `like`."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        if isinstance(like, DTensor):
-            return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return tensor
-
-
 def _watch(adapter: Stepped) -> None:
     _register()
     with _LOCK:

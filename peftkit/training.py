@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from peftkit import checkpoint
 from peftkit.errors import ConfigError
-from peftkit.stepping import Stepped, gathered
+from peftkit.sharding import gathered, whole_parameters
+from peftkit.stepping import Stepped
 from peftkit.swap import CHILD, ROOT_METHODS
 from peftkit.wrap import adapters_of, is_wrapped, record_of
 
@@ -70,8 +71,10 @@ def save_pretrained(
     if not is_main_process:
         return
     directory = Path(save_directory)
-    for name in record_of(model).plans:
-        checkpoint.save(model, directory, name=name)
+    # Under FSDP only one rank is here, and it must not wait for the others: their parts are in the state dict.
+    with whole_parameters(model, {} if state_dict is _NOT_GIVEN else state_dict):
+        for name in record_of(model).plans:
+            checkpoint.save(model, directory, name=name)
     if state_dict is _NOT_GIVEN:
         return
     directory.mkdir(parents=True, exist_ok=True)

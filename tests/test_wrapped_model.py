@@ -11,7 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import adapted, alone, bits, built, checkpointed, ddp_worker, fitted, logits, lora, loss, picture, randomise
+from safetensors.torch import load_file
+from tiny import (
+    adapted,
+    alone,
+    bits,
+    built,
+    checkpointed,
+    ddp_worker,
+    fitted,
+    fsdp_worker,
+    logits,
+    lora,
+    loss,
+    picture,
+    randomise,
+)
 from torch import nn
 
 import peftkit
@@ -398,6 +413,28 @@ def train_with_fsdp2(folder):
     b = peftkit.load(built("llama"), tmp_path / "sharded")
     assert torch.allclose(logits("llama", a), logits("llama", b), atol=1e-5)
     assert (tmp_path / "expected/peftkit.json").read_bytes() == (tmp_path / "sharded/peftkit.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_fsdp2_on_two_processes_trains_as_one_does_and_saves_from_all_or_one(tmp_path):
+    torch.multiprocessing.spawn(fsdp_worker, args=(str(tmp_path),), nprocs=2)
+    expected = stepped(adapted("llama"))
+    peftkit.save(expected, tmp_path / "expected")
+    wanted = load_file(tmp_path / "expected" / "adapter_model.safetensors")
+    start = adapted("llama")
+    moved = False
+    for folder in ("rank0", "rank1", "trainer"):
+        found = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        for key, tensor in found.items():
+            assert torch.allclose(tensor, wanted[key], atol=1e-6), (folder, key)
+        provenance = (tmp_path / folder / "peftkit.json").read_bytes()
+        assert provenance == (tmp_path / "expected" / "peftkit.json").read_bytes(), folder
+        loaded = peftkit.load(built("llama"), tmp_path / folder)
+        moved = moved or not torch.equal(logits("llama", loaded), logits("llama", start))
+    assert moved, "a step that changes nothing would show nothing"
+    training = load_file(tmp_path / "trainer" / "model.safetensors")
+    assert training.keys() == {k for k in expected.state_dict() if "peftkit" in k.split(".")}
 
 
 # accelerate's hooks ---------------------------------------------------------------------------------------------------

@@ -128,6 +128,37 @@ def ddp_worker(rank: int, folder: str) -> None:
     os._exit(0)
 
 
+def fsdp_worker(rank: int, folder: str) -> None:
+    """One of two processes that share a tiny Llama's weights; both save, and then the first alone."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    import peftkit.training
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    model = adapted("llama")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    half = {key: value[rank::2] for key, value in batch("llama", model).items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    value = BACKBONES["llama"].run(model, half)[0]
+    value.backward()
+    optimizer.step()
+    peftkit.save(model, f"{folder}/rank{rank}")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    dist.barrier()
+    if rank == 0:
+        # As transformers.Trainer does: the state dict is gathered by all, written by one.
+        peftkit.training.save_pretrained(None, model, f"{folder}/trainer", state_dict=state)
+        with torch.no_grad():
+            torch.save([p.to_local().shape for p in model.parameters()], f"{folder}/shapes.pt")
+    # Not destroyed: see `alone`.
+    os._exit(0)
+
+
 def alone(body: Callable[..., None], *arguments: object) -> None:
     """Runs a function of a test module in a process of its own, which ends without taking its process group apart.
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from peftkit import functional
 from peftkit.errors import TrainingError
+from peftkit.sharding import gathered, laid_out_as
 from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, State, config
-from peftkit.stepping import Stepped, gathered, laid_out_as
+from peftkit.stepping import Stepped
 
 TENSORS = ("lora_A", "lora_E", "lora_B")
 HOW_TO_SET_STEPS = (
