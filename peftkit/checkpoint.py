@@ -176,9 +176,9 @@ def read_config(path: str | os.PathLike[str], model: nn.Module) -> Any:
         if key in known:
             kept[key] = tuple(value) if isinstance(value, list) else value
         elif key not in _ABOUT and not _inert(value) and not _accepted(peft, key, value):
-            raise CheckpointError(
-                f"{file}: {key}={value!r} is not implemented by peftkit's {method.name}; {nearest(key, known)}"
-            )
+            only = peft.ignored.get(key)
+            hint = f"it reads {key}={' or '.join(map(repr, only))} only" if only else nearest(key, known)
+            raise CheckpointError(f"{file}: {key}={value!r} is not implemented by peftkit's {method.name}; {hint}")
     if kept.get("modules_to_save"):
         paths = [p for p, _ in targets.modules(model)]
         kept["modules_to_save"] = tuple(

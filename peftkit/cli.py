@@ -355,7 +355,7 @@ def bench_speed(
     out: Annotated[Path | None, typer.Option("--out", help="JSONL file that the timings are appended to.")] = None,
     threads: Annotated[int, typer.Option("--threads", help="Threads of torch; 0: as many as it takes.")] = 0,
     only: Annotated[
-        str, typer.Option("--only", help="Comparisons by name: decode, prefill, training, wrapping, import.")
+        str, typer.Option("--only", help="Comparisons by name: decode, prefill, training, wrapping, merging, import.")
     ] = "",
 ) -> None:
     """Time adapted models against the backbone and Hugging Face peft, interleaved in this process."""

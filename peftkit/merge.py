@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
+from peftkit_kernels import Stored
 from torch import Tensor, nn
 
 from peftkit import targets
 from peftkit.errors import MergeError, StateError
-from peftkit.quantization import BaseWeights, weights_of
+from peftkit.quantization import weights_of
 from peftkit.spec import Adapter
 from peftkit.swap import CHILD
 from peftkit.wrap import Record, check_classes, check_known, detach_code, record_of, restore, sites_of, unwrap
@@ -211,39 +213,39 @@ def _merge_site(
             raise MergeError(f"{path}: {error}") from None
         meant.update({n: weights.turn(n, v) for n, v in new.items()} if adapter.raw else new)
     changed = {n: v for n, v in meant.items() if v is not before[n]}
-    for name, value in changed.items():
-        for kind, tensor in (("the weight before the merge", before[name]), ("the merged value", value)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise MergeError(
-                    f"{path}.{name}: {kind} holds values that are not finite; the model is left as it was. "
-                    "Check the adapter for a diverged training run"
-                )
     stored = weights.stored()
-    for name in changed:
+    sites = []
+    for name, value in changed.items():
         identity = id(module._parameters.get(name))
         if identity not in kept:
             kept[identity] = stored[name].clone()
         record.backups.setdefault(path, {})[name] = kept[identity]
-    weights.write(changed)
-    return [_measured(path, name, weights, before[name], value) for name, value in changed.items()]
+        sites.append(_measured(path, name, stored[name].dtype, weights.store(name, value)))
+    return sites
 
 
-def _measured(path: str, name: str, weights: BaseWeights, before: Tensor, meant: Tensor) -> SiteMerge:
-    after = weights.read()[name]
-    if not bool(torch.isfinite(after).all()):
+def _measured(path: str, name: str, dtype: torch.dtype, found: Stored) -> SiteMerge:
+    for kind, count in (
+        ("the weight before the merge", found.not_finite_before),
+        ("the merged value", found.not_finite_meant),
+    ):
+        if count:
+            raise MergeError(
+                f"{path}.{name}: {kind} holds values that are not finite; the model is left as it was. "
+                "Check the adapter for a diverged training run"
+            )
+    if found.not_finite_after:
         raise MergeError(
-            f"{path}.{name}: the merged value overflows {weights.stored()[name].dtype}; the model is left as it was. "
+            f"{path}.{name}: the merged value overflows {dtype}; the model is left as it was. "
             "Load the base in bfloat16 or float32 to merge"
         )
-    delta, reached = (meant - before).double(), (after - before).double()
-    size = float(delta.norm())
-    base = float(before.double().norm())
+    size, base = math.sqrt(found.delta_square), math.sqrt(found.weight_square)
     return SiteMerge(
         path=path,
         parameter=name,
-        dtype=str(weights.stored()[name].dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         delta_relative=size / base if base else float(size > 0),
-        error_relative=float((reached - delta).norm()) / size if size else 0.0,
-        changed=float((after != before).double().mean()),
-        effect_kept=float((reached * delta).sum()) / size**2 if size else 1.0,
+        error_relative=math.sqrt(found.error_square) / size if size else 0.0,
+        changed=found.changed / found.elements if found.elements else 0.0,
+        effect_kept=found.product / found.delta_square if size else 1.0,
     )

@@ -22,7 +22,7 @@ FOLDERS = json.loads((Path(__file__).parent / "data" / "peft_folders.json").read
 """Name -> {"config": adapter_config.json, "tensors": {key: shape}}; random weights, all float32."""
 REFUSED = {
     "lora_alora": "alora_invocation_tokens",
-    "lora_bias_all": "bias='all'",
+    "lora_bias_all": "bias='all' is not implemented by peftkit's lora; it reads bias='none' only",
     "lora_trainable_tokens": "trainable_token_indices",
 }
 """Folder -> what the error names."""

@@ -270,6 +270,33 @@ def wrapping(rounds: int = 5) -> Iterator[Timing]:
     yield from _rows("wrapping, 224 targets", "lora", times, 0.30, "peft")
 
 
+def merging(rounds: int = 9, width: int = 4096) -> Iterator[Timing]:
+    """Merging rank 16 into two bfloat16 layers of `width` and taking it out again; peftkit's merge with its report."""
+    import peft
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(2)))
+
+    models = {
+        "peftkit": peftkit.wrap(fresh(), peftkit.LoRA(r=16, target_modules=["0", "1"])),
+        "peft": peft.get_peft_model(fresh(), peft.LoraConfig(r=16, target_modules=["0", "1"])),  # type: ignore[arg-type]  # any module
+    }
+    for model in models.values():
+        _perturb(model)
+
+    def ours() -> None:
+        peftkit.merge(models["peftkit"])
+        peftkit.unmerge(models["peftkit"])
+
+    def theirs() -> None:
+        models["peft"].merge_adapter()  # type: ignore[operator]  # a PeftModel
+        models["peft"].unmerge_adapter()  # type: ignore[operator]  # a PeftModel
+
+    times = interleaved({"peftkit": ours, "peft": theirs}, rounds, warm_up=2)
+    yield from _rows(f"merge and unmerge, 2 layers of {width}x{width}, bfloat16", "lora", times, None, "peft")
+
+
 def importing(rounds: int = 7) -> Iterator[Timing]:
     """`import torch` against `import torch, peftkit`, each in a process of its own."""
     import subprocess
@@ -287,7 +314,7 @@ def measure(progress: Callable[[str], None] = lambda text: None, only: Sequence[
 
     Args:
         progress: told what is timed next.
-        only: names of the comparisons to make: decode, prefill, training, wrapping, import; none: all.
+        only: names of the comparisons to make: decode, prefill, training, wrapping, merging, import; none: all.
 
     Raises:
         ValueError: a name that is none of these.
@@ -305,6 +332,7 @@ def measure(progress: Callable[[str], None] = lambda text: None, only: Sequence[
             for batch in (1, 4)
         ],
         "wrapping": [wrapping],
+        "merging": [merging],
         "import": [importing],
     }
     unknown = [name for name in only if name not in kinds]

@@ -5,11 +5,13 @@ where it is not.
 """
 
 from peftkit_kernels import merge_lora as _merge_lora
+from peftkit_kernels import store_rounded as _store_rounded
 from peftkit_kernels._op import Op, Status, status_of
 from peftkit_kernels.errors import BuildError, KernelError, NotBuilt
 from peftkit_kernels.merge_lora import Undo, merge_lora_, merge_lora_reversibly_, unmerge_lora_
+from peftkit_kernels.store_rounded import Stored, store_rounded_
 
-OPS: dict[str, Op] = {op.name: op for op in (_merge_lora.OP,)}
+OPS: dict[str, Op] = {op.name: op for op in (_merge_lora.OP, _store_rounded.OP)}
 
 
 def status() -> list[Status]:
@@ -29,11 +31,13 @@ __all__ = [
     "NotBuilt",
     "Op",
     "Status",
+    "Stored",
     "Undo",
     "has_code",
     "merge_lora_",
     "merge_lora_reversibly_",
     "status",
     "status_of",
+    "store_rounded_",
     "unmerge_lora_",
 ]

@@ -122,7 +122,9 @@ class LoraAdapter(Adapter):
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = W + scale * B A, b' = b + scale * lora_bias."""
-        out = {"weight": base["weight"] + self.delta().to(base["weight"].dtype)}
+        weight = base["weight"]
+        down, up = (f.detach().to(weight.dtype) for f in self.factors())
+        out = {"weight": torch.addmm(weight, up, down, alpha=self.scale)}
         if self.lora_bias is not None:
             if "bias" not in base:
                 raise MergeError("lora_bias cannot be merged into a module without a bias; train with lora_bias=False")

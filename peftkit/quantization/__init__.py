@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from peftkit_kernels import Stored
 from torch import Tensor, nn
 
 from peftkit.errors import MergeError
@@ -19,8 +20,12 @@ class BaseWeights(Protocol):
         """Parameters by name in float32 (float64 stays), weights of projections as (out, in). Copies."""
         ...
 
-    def write(self, values: dict[str, Tensor]) -> None:
-        """Stores values, given as `read` gives them, rounded once to the stored dtype, in place."""
+    def store(self, name: str, value: Tensor) -> Stored:
+        """Writes a parameter, given as `read` gives it, rounded once to its stored dtype, in place.
+
+        Returns:
+            What of the change is stored.
+        """
         ...
 
     def turn(self, name: str, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peftkit_kernels import Stored, store_rounded_
 from torch import Tensor, nn
 
 
@@ -27,11 +28,9 @@ class PlainWeights:
             found[name] = self.turn(name, parameter.detach().to(wide, copy=True))
         return found
 
-    def write(self, values: dict[str, Tensor]) -> None:
-        """Stores values, rounded once to the stored dtype, in place."""
-        with torch.no_grad():
-            for name, value in values.items():
-                self._parameters[name].data.copy_(self.turn(name, value))
+    def store(self, name: str, value: Tensor) -> Stored:
+        """Writes a parameter, rounded once to its stored dtype, in place; gives what of the change is stored."""
+        return store_rounded_(self._parameters[name].data, self.turn(name, value))
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors as they are stored. Not copies."""
