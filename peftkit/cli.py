@@ -380,8 +380,10 @@ def bench_speed(
 
 @bench.command("ops")
 def bench_ops(
-    out: Annotated[Path | None, typer.Option("--out", help="JSONL file that the timings are appended to.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="JSONL file that the timings are appended to, or a folder for one.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; default: what is here.")] = "",
     threads: Annotated[int, typer.Option("--threads", help="Threads of torch; 0: as many as it takes.")] = 0,
     only: Annotated[str, typer.Option("--only", help="Operations by name, such as merge_lora.")] = "",
 ) -> None:
@@ -389,16 +391,20 @@ def bench_ops(
     import torch
 
     ops = _bench_module("ops")
-    if device not in ("cpu", "cuda"):
+    if device not in ("", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device is visible to PyTorch; leave --device out to time the CPU code")
     if threads:
         torch.set_num_threads(threads)
+    chosen = only.replace(",", " ").split()
+    timings: list[Any] = []
     try:
-        timings = ops.measure(
-            torch.device(device), lambda text: print(text, file=sys.stderr, flush=True), only.replace(",", " ").split()
-        )
+        for kind in (device,) if device else ("cpu", "cuda"):
+            if kind == "cuda" and not torch.cuda.is_available():
+                timings += ops.not_measured(kind, "no GPU", chosen)
+                continue
+            timings += ops.measure(torch.device(kind), lambda text: print(text, file=sys.stderr, flush=True), chosen)
     except ImportError as error:
         raise ConfigError(
             f"{error.name} is not installed, which the comparison needs; pip install 'peftkit[compare,quantized]'"
@@ -407,8 +413,10 @@ def bench_ops(
         raise ConfigError(str(error)) from None
     print(ops.table(timings))
     if out is not None:
-        ops.write(timings, out)
-        print(f"records: {out}")
+        best = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+        file = out if out.suffix else ops.file_for(out, best)
+        ops.write([timing for timing in timings if timing.median_seconds is not None], file)
+        print(f"records: {file}")
 
 
 def find_suite(name: str) -> Path:

@@ -278,9 +278,9 @@ def merging(rounds: int = 9, width: int = 4096) -> Iterator[Timing]:
         torch.manual_seed(0)
         return nn.Sequential(*(nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(2)))
 
-    models = {
+    models: dict[str, Any] = {
         "peftkit": peftkit.wrap(fresh(), peftkit.LoRA(r=16, target_modules=["0", "1"])),
-        "peft": peft.get_peft_model(fresh(), peft.LoraConfig(r=16, target_modules=["0", "1"])),  # type: ignore[arg-type]  # any module
+        "peft": peft.get_peft_model(fresh(), peft.LoraConfig(r=16, target_modules=["0", "1"])),
     }
     for model in models.values():
         _perturb(model)
@@ -290,8 +290,8 @@ def merging(rounds: int = 9, width: int = 4096) -> Iterator[Timing]:
         peftkit.unmerge(models["peftkit"])
 
     def theirs() -> None:
-        models["peft"].merge_adapter()  # type: ignore[operator]  # a PeftModel
-        models["peft"].unmerge_adapter()  # type: ignore[operator]  # a PeftModel
+        models["peft"].merge_adapter()
+        models["peft"].unmerge_adapter()
 
     times = interleaved({"peftkit": ours, "peft": theirs}, rounds, warm_up=2)
     yield from _rows(f"merge and unmerge, 2 layers of {width}x{width}, bfloat16", "lora", times, None, "peft")

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +148,41 @@ def measure(
     return found
 
 
+def not_measured(device: str, why: str, only: Sequence[str] = ()) -> list[Timing]:
+    """A row for each comparison on a device that is not here, which says so in place of a number."""
+    found = []
+    for name in FILES:
+        if only and name not in only:
+            continue
+        for row in importlib.import_module(f"peftkit_bench.ops.{name}").comparisons():
+            if device in row.devices:
+                found.append(
+                    Timing(
+                        op=row.op,
+                        label=row.label,
+                        device=device,
+                        contender=OURS,
+                        median_seconds=None,
+                        faster=None,
+                        limit_share=None,
+                        against=False,
+                        aim=row.aim,
+                        rounds=0,
+                        compiled=False,
+                        note=why,
+                    )
+                )
+    return found
+
+
+def file_for(folder: Path, device: torch.device) -> Path:
+    """Where a run's records belong in a folder: <device's name>-<commit>.jsonl."""
+    stamp = environment()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(stamp.get("processor") or "cpu")
+    plain = "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+    return folder / f"{plain}-{stamp.get('commit') or 'unknown'}.jsonl".replace("+", "")
+
+
 def _timed(row: Comparison, device: torch.device, rates: Limits, compiled: bool) -> Iterator[Timing]:
     make = functools.partial(Timing, op=row.op, label=row.label, device=device.type, aim=row.aim, compiled=compiled)
     if device.type not in row.devices:
@@ -197,6 +233,10 @@ def table(timings: Sequence[Timing]) -> str:
     own = {(t.op, t.label, t.device): t for t in timings if t.contender == OURS}
     for timing in timings:
         ours = own[timing.op, timing.label, timing.device]
+        if ours.median_seconds is None:
+            lines.append(
+                f"| {timing.op} | {timing.label} | {timing.device} | not measured: {timing.note} |" + " - |" * 6
+            )
         if timing.contender == OURS or ours.median_seconds is None:
             continue
         faster = f"{timing.faster:.2f}x" if timing.faster is not None else "not measured"

@@ -7,6 +7,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -60,8 +64,6 @@ inline uint16_t to_float16(float value) {
   return static_cast<uint16_t>(sign | (size >= 0x477ff000u ? large : finite));
 }
 
-inline float widen(float value) { return value; }
-
 // A number format as storage: its bits and the conversions from and to float.
 struct Float32 {
   using Bits = uint32_t;
@@ -93,6 +95,37 @@ auto with_format(ScalarType type, const char* name, Use&& use) {
       STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
       return use(Float32{});
   }
+}
+
+// Bit i: whether a[i] != b[i], for up to 32 elements; the loop becomes a few comparisons of whole vectors.
+template <class Bits>
+inline uint32_t differing_portable(const Bits* a, const Bits* b, int64_t count) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count && i < 32; ++i) found |= static_cast<uint32_t>(a[i] != b[i]) << i;
+  return found;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512bw"))) inline uint32_t differing_avx512(const uint16_t* a, const uint16_t* b) {
+  return _mm512_cmpneq_epi16_mask(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+}
+__attribute__((target("avx512f,avx512bw"))) inline uint32_t differing_avx512(const uint32_t* a, const uint32_t* b) {
+  const uint32_t low = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+  const uint32_t high = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a + 16), _mm512_loadu_si512(b + 16));
+  return low | high << 16;
+}
+inline bool has_avx512() {
+  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  return found;
+}
+#endif
+
+template <class Bits>
+inline uint32_t differing(const Bits* a, const Bits* b, int64_t count) {
+#if defined(__x86_64__)
+  if (count >= 32 && has_avx512()) return differing_avx512(a, b);
+#endif
+  return differing_portable(a, b, count);
 }
 
 }  // namespace peftkit

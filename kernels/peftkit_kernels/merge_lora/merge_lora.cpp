@@ -13,40 +13,40 @@ namespace {
 using peftkit::ScalarType;
 using peftkit::Tensor;
 
-constexpr int64_t kRows = 4;      // rows of a group
+constexpr int64_t kRows = 8;      // rows of a group
 constexpr int64_t kColumns = 16;  // columns of a tile
 constexpr uint8_t kSkips = 255;
 constexpr int8_t kEscape = -128;
 constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15ull;
 
 typedef double Lanes __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(32)));
 
-// out[i][j] = scale * sum_k up[i][k] tiles[j][k] for kRows rows; `tiles` holds (columns / 16, r, 16).
+// out[i][j] = scale * sum_k up[i][k] tiles[j][k] for Rows rows; `tiles` holds (columns / 16, r, 16).
+template <int Rows>
 PEFTKIT_CLONES void products(const double* tiles, const double* up, int64_t rank, int64_t columns, double scale,
                              float* out, int64_t stride) {
   for (int64_t tile = 0; tile * kColumns < columns; ++tile) {
     const double* from = tiles + tile * rank * kColumns;
-    Lanes a0{}, a1{}, b0{}, b1{}, c0{}, c1{}, d0{}, d1{};
+    Lanes low_sums[Rows] = {}, high_sums[Rows] = {};
     for (int64_t k = 0; k < rank; ++k) {
       Lanes low, high;
       std::memcpy(&low, from + k * kColumns, sizeof low);
       std::memcpy(&high, from + k * kColumns + 8, sizeof high);
-      a0 += up[k] * low;
-      a1 += up[k] * high;
-      b0 += up[rank + k] * low;
-      b1 += up[rank + k] * high;
-      c0 += up[2 * rank + k] * low;
-      c1 += up[2 * rank + k] * high;
-      d0 += up[3 * rank + k] * low;
-      d1 += up[3 * rank + k] * high;
-    }
-    const Lanes* sums[kRows][2] = {{&a0, &a1}, {&b0, &b1}, {&c0, &c1}, {&d0, &d1}};
-    for (int64_t row = 0; row < kRows; ++row) {
-      float* to = out + row * stride + tile * kColumns;
-      for (int64_t half = 0; half < 2; ++half) {
-        const Lanes scaled = *sums[row][half] * scale;
-        for (int64_t lane = 0; lane < 8; ++lane) to[half * 8 + lane] = static_cast<float>(scaled[lane]);
+#pragma GCC unroll 8
+      for (int row = 0; row < Rows; ++row) {
+        const double by = up[k * Rows + row];
+        low_sums[row] += by * low;
+        high_sums[row] += by * high;
       }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row) {
+      float* to = out + row * stride + tile * kColumns;
+      const Lanes low = low_sums[row] * scale, high = high_sums[row] * scale;
+      const Floats narrow_low = __builtin_convertvector(low, Floats), narrow_high = __builtin_convertvector(high, Floats);
+      std::memcpy(to, &narrow_low, sizeof narrow_low);
+      std::memcpy(to + 8, &narrow_high, sizeof narrow_high);
     }
   }
 }
@@ -61,11 +61,10 @@ PEFTKIT_CLONES void subtract(typename Format::Bits* weight, const float* change,
   for (int64_t i = 0; i < count; ++i) weight[i] = Format::store(Format::load(weight[i]) - change[i]);
 }
 
-// Adds, and writes what subtracting would give to `guess`; how many elements that gets wrong.
+// Adds, and writes the weight from before to `own` and what subtracting would give to `guess`.
 template <class Format>
-PEFTKIT_CLONES int64_t add_and_guess(typename Format::Bits* weight, const float* change, typename Format::Bits* guess,
+PEFTKIT_CLONES void add_and_guess(typename Format::Bits* weight, const float* change, typename Format::Bits* guess,
                                      typename Format::Bits* own, int64_t count) {
-  int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {
     const auto before = weight[i];
     const auto after = Format::store(Format::load(before) + change[i]);
@@ -73,9 +72,7 @@ PEFTKIT_CLONES int64_t add_and_guess(typename Format::Bits* weight, const float*
     own[i] = before;
     weight[i] = after;
     guess[i] = back;
-    wrong += back != before;
   }
-  return wrong;
 }
 
 template <class Bits>
@@ -121,9 +118,12 @@ struct Factors {
 
   // scale * up @ down for `count` rows from `first` on into `out`, rows `padded` apart.
   void rows(int64_t first, int64_t count, float* out) const {
+    // By rank and then by row, so that what one step needs lies together.
     std::vector<double> group(kRows * rank, 0.0);
-    std::copy_n(up.data() + first * rank, count * rank, group.data());
-    products(tiles.data(), group.data(), rank, columns, scale, out, padded);
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t k = 0; k < rank; ++k) group[k * kRows + row] = up[(first + row) * rank + k];
+    }
+    products<kRows>(tiles.data(), group.data(), rank, columns, scale, out, padded);
   }
 };
 
@@ -173,17 +173,19 @@ struct RowResidual {
 
   void take(const Bits* own, const Bits* guess, int64_t count) {
     int64_t last = -1;
-    for (int64_t i = 0; i < count; ++i) {
-      if (own[i] == guess[i]) continue;
-      int64_t passed = i - last - 1;
-      for (; passed >= kSkips; passed -= kSkips) gaps.push_back(kSkips);
-      gaps.push_back(static_cast<uint8_t>(passed));
-      const int64_t step = static_cast<int64_t>(static_cast<std::make_signed_t<Bits>>(own[i])) -
-                           static_cast<int64_t>(static_cast<std::make_signed_t<Bits>>(guess[i]));
-      const bool narrow = step > kEscape && step < -static_cast<int64_t>(kEscape);
-      codes.push_back(narrow ? static_cast<int8_t>(step) : kEscape);
-      if (!narrow) escapes.push_back(own[i]);
-      last = i;
+    for (int64_t base = 0; base < count; base += 32) {
+      for (uint32_t wrong = peftkit::differing(own + base, guess + base, count - base); wrong; wrong &= wrong - 1) {
+        const int64_t i = base + std::countr_zero(wrong);
+        int64_t passed = i - last - 1;
+        for (; passed >= kSkips; passed -= kSkips) gaps.push_back(kSkips);
+        gaps.push_back(static_cast<uint8_t>(passed));
+        const int64_t step = static_cast<int64_t>(static_cast<std::make_signed_t<Bits>>(own[i])) -
+                             static_cast<int64_t>(static_cast<std::make_signed_t<Bits>>(guess[i]));
+        const bool narrow = step > kEscape && step < -static_cast<int64_t>(kEscape);
+        codes.push_back(narrow ? static_cast<int8_t>(step) : kEscape);
+        if (!narrow) escapes.push_back(own[i]);
+        last = i;
+      }
     }
   }
 };
@@ -211,11 +213,8 @@ Residual merge_reversibly(Tensor weight, Tensor down, Tensor up, double scale) {
       factors.rows(first, count, change);
       for (int64_t row = first; row < first + count; ++row) {
         const float* by = change + (row - first) * factors.padded;
-        const int64_t wrong = add_and_guess<Format>(to + row * columns, by, guess.data(), own.data(), columns);
+        add_and_guess<Format>(to + row * columns, by, guess.data(), own.data(), columns);
         sums[row] = checksum<Bits>(own.data(), static_cast<uint64_t>(row * columns), columns);
-        if (wrong == 0) continue;
-        found[row].gaps.reserve(wrong);
-        found[row].codes.reserve(wrong);
         found[row].take(own.data(), guess.data(), columns);
       }
     });

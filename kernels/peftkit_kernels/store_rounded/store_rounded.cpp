@@ -12,7 +12,7 @@ using peftkit::Tensor;
 
 constexpr int64_t kBlock = 4096;  // elements of which a thread takes the sums at once
 constexpr int64_t kSums = 8;
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = 16;
 using Sums = std::array<double, kSums>;
 
 inline int32_t not_finite(float value) {
