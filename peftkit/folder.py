@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +28,8 @@ PROVENANCE = "peftkit.json"
 CARD = "README.md"
 LARGEST_CONFIG = 64 * 1024 * 1024
 """Bytes; a larger JSON file is refused unread."""
+ABANDONED_SECONDS = 24 * 60 * 60
+"""Age at which an unfinished folder counts as left by a writer that was killed."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin", "adapter_model.pth")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -100,6 +104,7 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not folder.exists() and previous_of(folder).is_dir():
             os.rename(previous_of(folder), folder)  # a writer died between two renames
+        _remove_abandoned(folder)
         fresh.mkdir()
         safetensors.torch.save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
         _sync(fresh / WEIGHTS)
@@ -120,6 +125,14 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
         raise CheckpointError(f"{folder} could not be written, and is as it was: {error}{hint}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what writers that were killed left beside the folder; a younger one may still be at work."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _working_directory_below(folder: Path) -> Path | None:

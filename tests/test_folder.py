@@ -249,6 +249,18 @@ def test_named_folder_is_found_when_the_writer_died_between_two_renames(tmp_path
     assert number_in(folder.located(tmp_path / "all", "second")) == 1
 
 
+def test_write_removes_what_a_killed_writer_left_a_day_ago_and_nothing_younger(tmp_path):
+    old, young = (tmp_path / f".a.{mark}.new" for mark in ("000000000001", "000000000002"))
+    other = tmp_path / ".ab.000000000003.new"
+    for place in (old, young, other):
+        place.mkdir()
+        (place / folder.WEIGHTS).write_bytes(b"half")
+    for place in (old, other):
+        os.utime(place, (0, 0))
+    write(tmp_path / "a", 1)
+    assert left_over(tmp_path) == sorted([young.name, other.name])
+
+
 def test_readers_never_see_a_mix_of_two_adapters(tmp_path):
     target = tmp_path / "a"
     write(target, 1)
