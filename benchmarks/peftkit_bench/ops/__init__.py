@@ -22,7 +22,16 @@ import torch
 from peftkit_bench.record import environment
 from peftkit_bench.timing import interleaved
 
-FILES = ("merge_lora",)
+FILES = (
+    "merge_lora",
+    "lora_linear",
+    "dora_scale",
+    "quantize_blockwise",
+    "nf4_linear",
+    "int8_linear",
+    "multi_lora",
+    "prefix_attention",
+)
 """Operations that have comparisons, in the order of the table."""
 OURS = "peftkit"
 

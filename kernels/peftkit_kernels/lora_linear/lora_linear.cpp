@@ -1,0 +1,327 @@
+// A frozen linear layer with a low-rank update; see reference.py for the definition.
+//
+// Products go to the library that torch uses. What surrounds them is here: factors are cast and scaled in one pass,
+// elements are dropped in one, gradients are scaled, turned and cast in one. For a few rows the update is computed here
+// too, from the factors as they are stored: casting them would cost more than multiplying with them.
+
+#include "peftkit_cpu.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace {
+
+using peftkit::ScalarType;
+using peftkit::Tensor;
+
+constexpr int64_t kFew = 4;           // rows up to which the update is computed here
+constexpr int64_t kGrain = 1 << 15;   // elements a thread takes at the least
+constexpr int64_t kLevels = 1 << 16;  // of the probabilities
+
+using Seed = std::optional<Tensor>;
+
+struct Chance {
+  uint32_t threshold = 0;  // the least 16 bits that are kept
+  uint64_t seed = 0;
+  double gain;
+
+  Chance(double scale, double probability, const Seed& given) : gain(scale) {
+    threshold = static_cast<uint32_t>(probability * static_cast<double>(kLevels) + 0.5);
+    const double share = 1.0 - static_cast<double>(threshold) / static_cast<double>(kLevels);
+    gain = share > 0.0 ? scale / share : 0.0;
+    if (given.has_value()) seed = static_cast<uint64_t>(*static_cast<const int64_t*>(given->const_data_ptr()));
+    if (!given.has_value()) threshold = 0;
+  }
+  bool drops() const { return threshold > 0; }
+};
+
+// Places [4 * first, 4 * last), or up to `count`, of `from` with zeros where they are dropped.
+template <class Bits>
+PEFTKIT_CLONES void drop(const Bits* from, Bits* to, int64_t first, int64_t last, int64_t count, uint64_t seed,
+                         uint32_t threshold) {
+  const int64_t whole = std::min(last, count / 4);
+  for (int64_t group = first; group < last; ++group) {
+    uint64_t bits = seed + (static_cast<uint64_t>(group) + 1) * 0x9E3779B97F4A7C15ull;
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9ull;
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
+    bits ^= bits >> 31;
+    const int64_t at = group * 4, end = group < whole ? 4 : count - at;
+    for (int64_t lane = 0; lane < end; ++lane) {
+      const bool stays = ((bits >> (16 * lane)) & 0xffffu) >= threshold;
+      to[at + lane] = stays ? from[at + lane] : Bits(0);
+    }
+  }
+}
+
+// What is multiplied: x itself, or a copy with zeros.
+Tensor dropped_of(const Tensor& x, const Chance& chance) {
+  Tensor out = torch::stable::empty_like(x);
+  const int64_t count = x.numel(), groups = (count + 3) / 4;
+  peftkit::with_format(x.scalar_type(), "lora_linear", [&](auto format) {
+    using Bits = typename decltype(format)::Bits;
+    const auto* from = static_cast<const Bits*>(x.const_data_ptr());
+    auto* to = static_cast<Bits*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
+      drop<Bits>(from, to, begin, end, count, chance.seed, chance.threshold);
+    });
+  });
+  return out;
+}
+
+// to[i] += from[i] where it is kept.
+template <class Format>
+PEFTKIT_CLONES void add(typename Format::Bits* to, const typename Format::Bits* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Format::store(Format::load(to[i]) + Format::load(from[i]));
+}
+
+template <class From, class To>
+PEFTKIT_CLONES void cast(const typename From::Bits* from, typename To::Bits* to, float by, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = To::store(From::load(from[i]) * by);
+}
+
+template <class From>
+PEFTKIT_CLONES void widen(const typename From::Bits* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = From::load(from[i]);
+}
+
+// by * factor in another dtype, rounded once; the factor itself where nothing changes.
+Tensor scaled(const Tensor& factor, ScalarType type, double by) {
+  if (factor.scalar_type() == type && by == 1.0) return factor;
+  Tensor out = torch::stable::new_empty(factor, {factor.size(0), factor.size(1)}, std::make_optional(type));
+  const int64_t count = factor.numel();
+  peftkit::with_format(factor.scalar_type(), "lora_linear", [&](auto source) {
+    peftkit::with_format(type, "lora_linear", [&](auto target) {
+      using From = decltype(source);
+      using To = decltype(target);
+      const auto* from = static_cast<const typename From::Bits*>(factor.const_data_ptr());
+      auto* to = static_cast<typename To::Bits*>(out.mutable_data_ptr());
+      torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+        cast<From, To>(from + begin, to + begin, static_cast<float>(by), end - begin);
+      });
+    });
+  });
+  return out;
+}
+
+// by * from in another dtype; (rows, columns) becomes (columns, rows) where `turn` says so.
+Tensor finished(const Tensor& from, ScalarType type, double by, bool turn) {
+  if (!turn) return scaled(from, type, by);
+  const int64_t rows = from.size(0), columns = from.size(1);
+  Tensor out = torch::stable::new_empty(from, {columns, rows}, std::make_optional(type));
+  peftkit::with_format(from.scalar_type(), "lora_linear", [&](auto source) {
+    peftkit::with_format(type, "lora_linear", [&](auto target) {
+      using From = decltype(source);
+      using To = decltype(target);
+      const auto* own = static_cast<const typename From::Bits*>(from.const_data_ptr());
+      auto* to = static_cast<typename To::Bits*>(out.mutable_data_ptr());
+      const float factor = static_cast<float>(by);
+      torch::stable::parallel_for(0, columns, std::max<int64_t>(1, kGrain / (rows + 1)), [&](int64_t begin, int64_t end) {
+        constexpr int64_t kBlock = 64;
+        float block[kBlock];
+        for (int64_t first = begin; first < end; first += kBlock) {
+          const int64_t count = std::min(kBlock, end - first);
+          for (int64_t row = 0; row < rows; ++row) {
+            widen<From>(own + row * columns + first, block, count);
+            for (int64_t i = 0; i < count; ++i) to[(first + i) * rows + row] = To::store(block[i] * factor);
+          }
+        }
+      });
+    });
+  });
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void add_product(Tensor& to, const Tensor& onto, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), onto.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+Tensor turned(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+// As in reference.py.
+bool merges(int64_t rows, const Tensor& weight, int64_t rank, ScalarType type) {
+  const int64_t out = weight.size(0), width = weight.size(1);
+  return type == ScalarType::Float && out * width * (rank + 2) < rows * rank * (out + width);
+}
+
+Tensor merged(const Tensor& weight, const Tensor& up, const Tensor& down) {
+  Tensor sum = torch::stable::empty_like(weight);
+  add_product(sum, weight, up, down);
+  return sum;
+}
+
+void check(const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up) {
+  STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && down.is_contiguous() && up.is_contiguous(),
+                  "lora_linear: compiled code takes contiguous tensors");
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && down.dim() == 2 && up.dim() == 2 &&
+                      x.size(1) == weight.size(1) && down.size(1) == weight.size(1) && up.size(0) == weight.size(0) &&
+                      up.size(1) == down.size(0) && x.scalar_type() == weight.scalar_type() &&
+                      up.scalar_type() == down.scalar_type(),
+                  "lora_linear: expected x (rows, in), weight (out, in), down (r, in) and up (out, r)");
+}
+
+typedef float Lanes __attribute__((vector_size(64)));
+
+PEFTKIT_CLONES float dot(const float* a, const float* b, int64_t count) {
+  Lanes first{}, second{};
+  int64_t j = 0;
+  for (; j + 32 <= count; j += 32) {
+    Lanes x0, x1, y0, y1;
+    std::memcpy(&x0, a + j, sizeof x0);
+    std::memcpy(&x1, a + j + 16, sizeof x1);
+    std::memcpy(&y0, b + j, sizeof y0);
+    std::memcpy(&y1, b + j + 16, sizeof y1);
+    first += x0 * y0;
+    second += x1 * y1;
+  }
+  first += second;
+  float total = 0;
+  for (; j < count; ++j) total += a[j] * b[j];
+  for (int lane = 0; lane < 16; ++lane) total += first[lane];
+  return total;
+}
+
+// out[i] += sum_k up[i][k] * inner[k] for `count` outputs.
+template <class Format>
+PEFTKIT_CLONES void add_outputs(typename Format::Bits* out, const float* up, const float* inner, int64_t count,
+                                int64_t rank) {
+  for (int64_t i = 0; i < count; ++i) {
+    float sums[8] = {};
+    const float* own = up + i * rank;
+    int64_t k = 0;
+    for (; k + 8 <= rank; k += 8) {
+      for (int lane = 0; lane < 8; ++lane) sums[lane] += own[k + lane] * inner[k + lane];
+    }
+    float total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+    for (; k < rank; ++k) total += own[k] * inner[k];
+    out[i] = Format::store(Format::load(out[i]) + total);
+  }
+}
+
+// out += gain * (x @ downᵀ) @ upᵀ for a few rows, the inner product in float.
+template <class Format, class Factor>
+void add_few(const Tensor& x, const Tensor& down, const Tensor& up, float gain, Tensor& out) {
+  const int64_t rows = x.size(0), width = x.size(1), rank = down.size(0), outputs = up.size(0);
+  const auto* from = static_cast<const typename Format::Bits*>(x.const_data_ptr());
+  const auto* a = static_cast<const typename Factor::Bits*>(down.const_data_ptr());
+  const auto* b = static_cast<const typename Factor::Bits*>(up.const_data_ptr());
+  auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
+  std::vector<float> wide(rows * width), inner(rows * rank);
+  widen<Format>(from, wide.data(), rows * width);
+  torch::stable::parallel_for(0, rank, std::max<int64_t>(1, 4 * kGrain / (width + 1)), [&](int64_t begin, int64_t end) {
+    std::vector<float> own(width);
+    for (int64_t k = begin; k < end; ++k) {
+      widen<Factor>(a + k * width, own.data(), width);
+      for (int64_t row = 0; row < rows; ++row) {
+        inner[row * rank + k] = gain * dot(wide.data() + row * width, own.data(), width);
+      }
+    }
+  });
+  torch::stable::parallel_for(0, outputs, std::max<int64_t>(1, 4 * kGrain / (rank + 1)), [&](int64_t begin, int64_t end) {
+    constexpr int64_t kBlock = 64;
+    std::vector<float> own(kBlock * rank);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t count = std::min(kBlock, end - first);
+      widen<Factor>(b + first * rank, own.data(), count * rank);
+      for (int64_t row = 0; row < rows; ++row) {
+        add_outputs<Format>(to + row * outputs + first, own.data(), inner.data() + row * rank, count, rank);
+      }
+    }
+  });
+}
+
+Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor down, Tensor up, double scale,
+               double probability, Seed seed) {
+  check(x, weight, down, up);
+  const ScalarType type = x.scalar_type();
+  const int64_t rows = x.size(0), rank = down.size(0);
+  const Chance chance(scale, probability, seed);
+  if (!chance.drops() && merges(rows, weight, rank, type)) {
+    return linear(x, merged(weight, scaled(up, type, chance.gain), scaled(down, type, 1.0)), bias);
+  }
+  Tensor out = linear(x, weight, bias);
+  if (rows == 0 || rank == 0 || out.numel() == 0) return out;
+  const Tensor own = chance.drops() ? dropped_of(x, chance) : x;
+  if (rows <= kFew) {
+    peftkit::with_format(type, "lora_linear", [&](auto format) {
+      peftkit::with_format(down.scalar_type(), "lora_linear", [&](auto factor) {
+        add_few<decltype(format), decltype(factor)>(own, down, up, static_cast<float>(chance.gain), out);
+      });
+    });
+    return out;
+  }
+  const Tensor inner = linear(own, scaled(down, type, 1.0), std::nullopt);
+  add_product(out, out, inner, turned(scaled(up, type, chance.gain)));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight, Tensor down, Tensor up, double scale,
+                                            double probability, Seed seed, bool need_x, bool need_down, bool need_up) {
+  check(x, weight, down, up);
+  STD_TORCH_CHECK(grad.is_contiguous() && grad.dim() == 2 && grad.size(0) == x.size(0) &&
+                      grad.size(1) == weight.size(0) && grad.scalar_type() == x.scalar_type(),
+                  "lora_linear: expected a gradient (rows, out) of the dtype of x");
+  const ScalarType type = x.scalar_type();
+  const int64_t rows = x.size(0), rank = down.size(0);
+  const Chance chance(scale, probability, seed);
+  const bool dense = !chance.drops() && merges(rows, weight, rank, type);
+  const Tensor cast_down = scaled(down, type, 1.0), cast_up = scaled(up, type, chance.gain);
+  const auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+  Tensor grad_x = none(x), grad_down = none(down), grad_up = none(up);
+  std::optional<Tensor> back, own;
+  if (need_down || (need_x && !dense)) back = product(grad, cast_up);
+  if (need_down || need_up) own = chance.drops() ? dropped_of(x, chance) : x;
+  if (need_x && dense) {
+    grad_x = product(grad, merged(weight, cast_up, cast_down));
+  } else if (need_x) {
+    grad_x = product(grad, weight);
+    if (chance.drops()) {
+      const Tensor low = dropped_of(product(*back, cast_down), chance);
+      peftkit::with_format(type, "lora_linear", [&](auto format) {
+        using Format = decltype(format);
+        const auto* from = static_cast<const typename Format::Bits*>(low.const_data_ptr());
+        auto* to = static_cast<typename Format::Bits*>(grad_x.mutable_data_ptr());
+        torch::stable::parallel_for(0, grad_x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+          add<Format>(to + begin, from + begin, end - begin);
+        });
+      });
+    } else if (rank > 0) {
+      add_product(grad_x, grad_x, *back, cast_down);
+    }
+  }
+  if (need_down) grad_down = finished(product(turned(*back), *own), down.scalar_type(), 1.0, false);
+  if (need_up) {
+    const Tensor inner = linear(*own, cast_down, std::nullopt);
+    grad_up = finished(product(turned(inner), grad), up.scalar_type(), chance.gain, true);
+  }
+  return {grad_x, grad_down, grad_up};
+}
+
+Tensor dropped(Tensor x, double probability, Seed seed) {
+  STD_TORCH_CHECK(x.is_contiguous(), "lora_dropped: compiled code takes contiguous tensors");
+  return dropped_of(x, Chance(1.0, probability, seed));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(peftkit, CPU, library) {
+  library.impl("lora_forward", TORCH_BOX(&forward));
+  library.impl("lora_backward", TORCH_BOX(&backward));
+  library.impl("lora_dropped", TORCH_BOX(&dropped));
+}
