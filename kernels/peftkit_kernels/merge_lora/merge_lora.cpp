@@ -15,6 +15,7 @@ using peftkit::Tensor;
 
 constexpr int64_t kRows = 8;      // rows of a group
 constexpr int64_t kColumns = 16;  // columns of a tile
+constexpr int64_t kStretch = 512; // columns whose change is kept at a time
 constexpr uint8_t kSkips = 255;
 constexpr int8_t kEscape = -128;
 constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15ull;
@@ -116,14 +117,20 @@ struct Factors {
     }
   }
 
-  // scale * up @ down for `count` rows from `first` on into `out`, rows `padded` apart.
-  void rows(int64_t first, int64_t count, float* out) const {
+  // Calls use(row, column, count, change) with scale * up @ down for the `rows` rows from `first` on, a stretch of
+  // columns at a time, so that what was computed is used while it is in the nearest cache.
+  template <class Use>
+  void each(int64_t first, int64_t rows, float* change, Use&& use) const {
     // By rank and then by row, so that what one step needs lies together.
     std::vector<double> group(kRows * rank, 0.0);
-    for (int64_t row = 0; row < count; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < rank; ++k) group[k * kRows + row] = up[(first + row) * rank + k];
     }
-    products<kRows>(tiles.data(), group.data(), rank, columns, scale, out, padded);
+    for (int64_t column = 0; column < columns; column += kStretch) {
+      const int64_t count = std::min(kStretch, columns - column);
+      products<kRows>(tiles.data() + column * rank, group.data(), rank, count, scale, change, kStretch);
+      for (int64_t row = 0; row < rows; ++row) use(first + row, column, count, change + row * kStretch);
+    }
   }
 };
 
@@ -136,11 +143,11 @@ void check(const Tensor& weight, const Tensor& down, const Tensor& up) {
 }
 
 template <class Work>
-void each_group(int64_t rows, int64_t padded, Work&& work) {
+void each_group(int64_t rows, int64_t columns, Work&& work) {
   const int64_t groups = (rows + kRows - 1) / kRows;
-  torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (kRows * padded + 1)),
+  torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (kRows * columns + 1)),
                               [&](int64_t begin, int64_t end) {
-                                std::vector<float> change(kRows * padded);
+                                std::vector<float> change(kRows * kStretch);
                                 for (int64_t group = begin; group < end; ++group) {
                                   const int64_t first = group * kRows;
                                   work(first, std::min(kRows, rows - first), change.data());
@@ -155,11 +162,10 @@ void merge(Tensor weight, Tensor down, Tensor up, double scale) {
   peftkit::with_format(weight.scalar_type(), "merge_lora_", [&](auto format) {
     using Format = decltype(format);
     auto* to = static_cast<typename Format::Bits*>(weight.mutable_data_ptr());
-    each_group(weight.size(0), factors.padded, [&](int64_t first, int64_t count, float* change) {
-      factors.rows(first, count, change);
-      for (int64_t row = 0; row < count; ++row) {
-        add<Format>(to + (first + row) * columns, change + row * factors.padded, columns);
-      }
+    each_group(weight.size(0), columns, [&](int64_t first, int64_t rows, float* change) {
+      factors.each(first, rows, change, [&](int64_t row, int64_t column, int64_t count, const float* by) {
+        add<Format>(to + row * columns + column, by, count);
+      });
     });
   });
 }
@@ -170,13 +176,14 @@ struct RowResidual {
   std::vector<uint8_t> gaps;
   std::vector<int8_t> codes;
   std::vector<Bits> escapes;
+  int64_t last = -1;  // the column named last
 
-  void take(const Bits* own, const Bits* guess, int64_t count) {
-    int64_t last = -1;
+  // Takes the columns from `column` on; a row's stretches come in their order.
+  void take(const Bits* own, const Bits* guess, int64_t column, int64_t count) {
     for (int64_t base = 0; base < count; base += 32) {
       for (uint32_t wrong = peftkit::differing(own + base, guess + base, count - base); wrong; wrong &= wrong - 1) {
         const int64_t i = base + std::countr_zero(wrong);
-        int64_t passed = i - last - 1;
+        int64_t passed = column + i - last - 1;
         for (; passed >= kSkips; passed -= kSkips) gaps.push_back(kSkips);
         gaps.push_back(static_cast<uint8_t>(passed));
         const int64_t step = static_cast<int64_t>(static_cast<std::make_signed_t<Bits>>(own[i])) -
@@ -184,7 +191,7 @@ struct RowResidual {
         const bool narrow = step > kEscape && step < -static_cast<int64_t>(kEscape);
         codes.push_back(narrow ? static_cast<int8_t>(step) : kEscape);
         if (!narrow) escapes.push_back(own[i]);
-        last = i;
+        last = column + i;
       }
     }
   }
@@ -208,15 +215,13 @@ Residual merge_reversibly(Tensor weight, Tensor down, Tensor up, double scale) {
     auto* to = static_cast<Bits*>(weight.mutable_data_ptr());
     std::vector<RowResidual<Bits>> found(rows);
     std::vector<uint64_t> sums(rows);
-    each_group(rows, factors.padded, [&](int64_t first, int64_t count, float* change) {
-      std::vector<Bits> own(columns), guess(columns);
-      factors.rows(first, count, change);
-      for (int64_t row = first; row < first + count; ++row) {
-        const float* by = change + (row - first) * factors.padded;
-        add_and_guess<Format>(to + row * columns, by, guess.data(), own.data(), columns);
-        sums[row] = checksum<Bits>(own.data(), static_cast<uint64_t>(row * columns), columns);
-        found[row].take(own.data(), guess.data(), columns);
-      }
+    each_group(rows, columns, [&](int64_t first, int64_t group, float* change) {
+      std::vector<Bits> own(kStretch), guess(kStretch);
+      factors.each(first, group, change, [&](int64_t row, int64_t column, int64_t count, const float* by) {
+        add_and_guess<Format>(to + row * columns + column, by, guess.data(), own.data(), count);
+        sums[row] += checksum<Bits>(own.data(), static_cast<uint64_t>(row * columns + column), count);
+        found[row].take(own.data(), guess.data(), column, count);
+      });
     });
     Tensor starts = torch::stable::new_empty(weight, {3, rows + 1}, std::make_optional(ScalarType::Int));
     auto* start = static_cast<int32_t*>(starts.mutable_data_ptr());
@@ -273,11 +278,12 @@ Tensor unmerge(Tensor weight, Tensor down, Tensor up, double scale, Tensor gaps,
     const auto* code = static_cast<const int8_t*>(codes.const_data_ptr());
     const auto* escape = static_cast<const Bits*>(escapes.const_data_ptr());
     std::vector<uint64_t> sums(rows);
-    each_group(rows, factors.padded, [&](int64_t first, int64_t count, float* change) {
-      factors.rows(first, count, change);
-      for (int64_t row = first; row < first + count; ++row) {
+    each_group(rows, columns, [&](int64_t first, int64_t group, float* change) {
+      factors.each(first, group, change, [&](int64_t row, int64_t column, int64_t count, const float* by) {
+        subtract<Format>(to + row * columns + column, by, count);
+      });
+      for (int64_t row = first; row < first + group; ++row) {
         Bits* own = to + row * columns;
-        subtract<Format>(own, change + (row - first) * factors.padded, columns);
         int64_t place = -1;
         const int8_t* next = code + start[rows + 1 + row];
         const int8_t* last = code + start[rows + 1 + row + 1];
