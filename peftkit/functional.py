@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peftkit_kernels import OPS, dora_norms
 from torch import Tensor, nn
+
+_DORA = OPS["dora_scale"]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -262,6 +265,8 @@ def row_norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: 
     Returns:
         (out,), in the dtype of `squared`.
     """
+    if weight.is_contiguous() and not torch.compiler.is_compiling() and _DORA.compiled_for(weight.device.type):
+        return dora_norms(weight, squared, down, up, scale)
     wide = squared.dtype
     down, up = down.to(wide), up.to(wide)
     cross = ((weight @ down.to(weight.dtype).t()).to(wide) * up).sum(1)

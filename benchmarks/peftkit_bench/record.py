@@ -31,6 +31,7 @@ STAMPED = (
     "safetensors",
     "accelerate",
     "peft",
+    "bitsandbytes",
     "numpy",
     "scipy",
 )
