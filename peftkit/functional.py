@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peftkit_kernels import OPS, dora_norms
 from torch import Tensor, nn
-
-_DORA = OPS["dora_scale"]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -265,8 +262,11 @@ def row_norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: 
     Returns:
         (out,), in the dtype of `squared`.
     """
-    if weight.is_contiguous() and not torch.compiler.is_compiling() and _DORA.compiled_for(weight.device.type):
-        return dora_norms(weight, squared, down, up, scale)
+    if weight.is_contiguous() and not torch.compiler.is_compiling():
+        import peftkit_kernels  # when it is needed: loading compiled code takes time that `import peftkit` has not
+
+        if peftkit_kernels.OPS["dora_scale"].compiled_for(weight.device.type):
+            return peftkit_kernels.dora_norms(weight, squared, down, up, scale)
     wide = squared.dtype
     down, up = down.to(wide), up.to(wide)
     cross = ((weight @ down.to(weight.dtype).t()).to(wide) * up).sum(1)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from peftkit_kernels import Stored
 from torch import Tensor, nn
 
 from peftkit import targets
@@ -17,6 +16,9 @@ from peftkit.quantization import weights_of
 from peftkit.spec import Adapter
 from peftkit.swap import CHILD
 from peftkit.wrap import Record, check_classes, check_known, detach_code, record_of, restore, sites_of, unwrap
+
+if TYPE_CHECKING:
+    from peftkit_kernels import Stored
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from peftkit_kernels import Stored
 from torch import Tensor, nn
 
 from peftkit.errors import MergeError
 from peftkit.quantization.plain import PlainWeights
+
+if TYPE_CHECKING:
+    from peftkit_kernels import Stored
 
 
 class BaseWeights(Protocol):

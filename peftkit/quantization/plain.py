@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from peftkit_kernels import Stored, store_rounded_
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peftkit_kernels import Stored
 
 
 class PlainWeights:
@@ -30,6 +34,8 @@ class PlainWeights:
 
     def store(self, name: str, value: Tensor) -> Stored:
         """Writes a parameter, rounded once to its stored dtype, in place; gives what of the change is stored."""
+        from peftkit_kernels import store_rounded_
+
         return store_rounded_(self._parameters[name].data, self.turn(name, value))
 
     def stored(self) -> dict[str, Tensor]:
