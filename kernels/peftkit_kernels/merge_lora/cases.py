@@ -39,14 +39,14 @@ def inputs(out: int, width: int, rank: int, weight: torch.dtype, factor: torch.d
 
 
 def check_merged(before: tuple[Any, ...], after: tuple[Any, ...], result: Any) -> None:
-    """W' = W + s B A but for three roundings: the update and the sum to float32, the result to the weight's dtype."""
+    """W' = W + s B A but for roundings: one a rank, of scale and product, of the sum, and to the stored dtype."""
     weight, down, up, scale = before
     change = scale * (up.double() @ down.double())
     wanted = weight.double() + change
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    # float64 itself rounds each of the rank's additions.
-    added = (scale * up.double().abs() @ down.double().abs()) * (down.shape[0] + 2) * 2.0**-53
-    bound = rounding(wide, change) + rounding(wide, wanted) + added
+    # What is rounded each time is at most the sum of the sizes of the terms.
+    terms = scale * up.double().abs() @ down.double().abs()
+    bound = (down.shape[0] + 3) * rounding(wide, terms) + rounding(wide, wanted)
     assert_within(after[0], wanted, bound + rounding(weight.dtype, wanted.abs() + bound), "merged weight")
 
 

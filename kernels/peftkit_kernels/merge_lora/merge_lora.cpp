@@ -1,11 +1,12 @@
 // weight + scale * up @ down in place, what undoes it, and undoing it; see reference.py for the definition.
 //
-// Rows are worked on in groups that share the factors in cache. The sums are taken in double, one rank after the other, as
-// in the reference, so that the bits are those of every other implementation.
+// Rows are worked on in groups that share the factors in cache. The sums are chains of fused multiply-adds, one rank after
+// the other, as in the reference, so that the bits are those of every other implementation.
 
 #include "peftkit_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 namespace {
@@ -14,42 +15,65 @@ using peftkit::ScalarType;
 using peftkit::Tensor;
 
 constexpr int64_t kRows = 8;      // rows of a group
-constexpr int64_t kColumns = 16;  // columns of a tile
+constexpr int64_t kColumns = 32;  // columns of a tile
 constexpr int64_t kStretch = 512; // columns whose change is kept at a time
 constexpr uint8_t kSkips = 255;
 constexpr int8_t kEscape = -128;
 constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15ull;
 
-typedef double Lanes __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(32)));
+typedef float Lanes __attribute__((vector_size(64)));
 
-// out[i][j] = scale * sum_k up[i][k] tiles[j][k] for Rows rows; `tiles` holds (columns / 16, r, 16).
-template <int Rows>
-PEFTKIT_CLONES void products(const double* tiles, const double* up, int64_t rank, int64_t columns, double scale,
-                             float* out, int64_t stride) {
+// out[i][j] = scale * sum_k up[k][i] tiles[j][k] for kRows rows; `tiles` holds (columns / 32, r, 32), `up` (r, rows).
+// The compiler fuses the product and the sum of one statement where the processor has the instruction.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(PEFTKIT_NO_CLONES)
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+void fused_products(const float* tiles, const float* up, int64_t rank, int64_t columns, float scale, float* out,
+                    int64_t stride) {
   for (int64_t tile = 0; tile * kColumns < columns; ++tile) {
-    const double* from = tiles + tile * rank * kColumns;
-    Lanes low_sums[Rows] = {}, high_sums[Rows] = {};
+    const float* from = tiles + tile * rank * kColumns;
+    Lanes low_sums[kRows] = {}, high_sums[kRows] = {};
     for (int64_t k = 0; k < rank; ++k) {
       Lanes low, high;
       std::memcpy(&low, from + k * kColumns, sizeof low);
-      std::memcpy(&high, from + k * kColumns + 8, sizeof high);
+      std::memcpy(&high, from + k * kColumns + 16, sizeof high);
 #pragma GCC unroll 8
-      for (int row = 0; row < Rows; ++row) {
-        const double by = up[k * Rows + row];
+      for (int row = 0; row < kRows; ++row) {
+        const float by = up[k * kRows + row];
         low_sums[row] += by * low;
         high_sums[row] += by * high;
       }
     }
 #pragma GCC unroll 8
-    for (int row = 0; row < Rows; ++row) {
+    for (int row = 0; row < kRows; ++row) {
       float* to = out + row * stride + tile * kColumns;
       const Lanes low = low_sums[row] * scale, high = high_sums[row] * scale;
-      const Floats narrow_low = __builtin_convertvector(low, Floats), narrow_high = __builtin_convertvector(high, Floats);
-      std::memcpy(to, &narrow_low, sizeof narrow_low);
-      std::memcpy(to + 8, &narrow_high, sizeof narrow_high);
+      std::memcpy(to, &low, sizeof low);
+      std::memcpy(to + 16, &high, sizeof high);
     }
   }
+}
+
+// The same with the library's fused multiply-add, for processors on which the compiler has none.
+void plain_products(const float* tiles, const float* up, int64_t rank, int64_t columns, float scale, float* out,
+                    int64_t stride) {
+  for (int64_t column = 0; column < columns; ++column) {
+    const float* from = tiles + (column / kColumns) * rank * kColumns + column % kColumns;
+    for (int64_t row = 0; row < kRows; ++row) {
+      float sum = 0;
+      for (int64_t k = 0; k < rank; ++k) sum = std::fma(up[k * kRows + row], from[k * kColumns], sum);
+      out[row * stride + column] = sum * scale;
+    }
+  }
+}
+
+bool fuses() {
+#if defined(__x86_64__)
+  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return found;
+#else
+  return false;
+#endif
 }
 
 template <class Format>
@@ -85,9 +109,9 @@ PEFTKIT_CLONES uint64_t checksum(const Bits* values, uint64_t first, int64_t cou
   return sum;
 }
 
-// A factor as doubles, whatever its dtype.
-std::vector<double> doubles(const Tensor& factor) {
-  std::vector<double> out(factor.numel());
+// A factor as floats, whatever its dtype.
+std::vector<float> floats(const Tensor& factor) {
+  std::vector<float> out(factor.numel());
   peftkit::with_format(factor.scalar_type(), "merge_lora", [&](auto format) {
     using Format = decltype(format);
     const auto* from = static_cast<const typename Format::Bits*>(factor.const_data_ptr());
@@ -98,18 +122,18 @@ std::vector<double> doubles(const Tensor& factor) {
 
 struct Factors {
   int64_t rank, columns, padded;
-  double scale;
-  std::vector<double> tiles;  // (padded / 16, rank, 16), zero beyond the columns
-  std::vector<double> up;     // (rows, rank)
+  float scale;
+  std::vector<float> tiles;  // (padded / 32, rank, 32), zero beyond the columns
+  std::vector<float> up;     // (rows, rank)
 
   Factors(const Tensor& down, const Tensor& wide_up, double by)
       : rank(down.size(0)),
         columns(down.size(1)),
         padded((columns + kColumns - 1) / kColumns * kColumns),
-        scale(by),
-        tiles(static_cast<size_t>(padded * rank), 0.0),
-        up(doubles(wide_up)) {
-    const std::vector<double> flat = doubles(down);
+        scale(static_cast<float>(by)),
+        tiles(static_cast<size_t>(padded * rank), 0.0f),
+        up(floats(wide_up)) {
+    const std::vector<float> flat = floats(down);
     for (int64_t k = 0; k < rank; ++k) {
       for (int64_t j = 0; j < columns; ++j) {
         tiles[((j / kColumns) * rank + k) * kColumns + j % kColumns] = flat[k * columns + j];
@@ -122,13 +146,14 @@ struct Factors {
   template <class Use>
   void each(int64_t first, int64_t rows, float* change, Use&& use) const {
     // By rank and then by row, so that what one step needs lies together.
-    std::vector<double> group(kRows * rank, 0.0);
+    std::vector<float> group(kRows * rank, 0.0f);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < rank; ++k) group[k * kRows + row] = up[(first + row) * rank + k];
     }
     for (int64_t column = 0; column < columns; column += kStretch) {
       const int64_t count = std::min(kStretch, columns - column);
-      products<kRows>(tiles.data() + column * rank, group.data(), rank, count, scale, change, kStretch);
+      const auto products = fuses() ? fused_products : plain_products;
+      products(tiles.data() + column * rank, group.data(), rank, count, scale, change, kStretch);
       for (int64_t row = 0; row < rows; ++row) use(first + row, column, count, change + row * kStretch);
     }
   }

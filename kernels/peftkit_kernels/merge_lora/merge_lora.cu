@@ -1,7 +1,7 @@
 // weight + scale * up @ down in place on a GPU; see reference.py for the definition.
 //
 // A block takes 16 rows and 256 columns. Each thread keeps the sums of its two columns over all rows in registers, in
-// double and one rank after the other, so that the bits are those of every other implementation.
+// a chain of fused multiply-adds, one rank after the other, so that the bits are those of every other implementation.
 
 #include "peftkit_cuda.h"
 
@@ -16,32 +16,32 @@ constexpr int kRanks = 16;   // ranks whose part of `up` is in shared memory at 
 
 template <class Weight, class Factor>
 __global__ void __launch_bounds__(kThreads) merge(Weight* __restrict__ weight, const Factor* __restrict__ down,
-                                                  const Factor* __restrict__ up, double scale, int64_t rows,
+                                                  const Factor* __restrict__ up, float scale, int64_t rows,
                                                   int64_t columns, int64_t rank) {
-  __shared__ double part[kRows][kRanks];
+  __shared__ float part[kRows][kRanks];
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kRows;
   const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kColumns;
-  double sums[kRows][kColumns] = {};
+  float sums[kRows][kColumns] = {};
   for (int64_t k0 = 0; k0 < rank; k0 += kRanks) {
     const int count = static_cast<int>(min(static_cast<int64_t>(kRanks), rank - k0));
     __syncthreads();
     for (int i = threadIdx.x; i < kRows * kRanks; i += kThreads) {
       const int row = i / kRanks, k = i % kRanks;
       const bool inside = row0 + row < rows && k < count;
-      part[row][k] = inside ? static_cast<double>(peftkit::widen(up[(row0 + row) * rank + k0 + k])) : 0.0;
+      part[row][k] = inside ? peftkit::widen(up[(row0 + row) * rank + k0 + k]) : 0.0f;
     }
     __syncthreads();
     for (int k = 0; k < count; ++k) {
-      double values[kColumns];
+      float values[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const bool inside = column0 + c < columns;
-        values[c] = inside ? static_cast<double>(peftkit::widen(down[(k0 + k) * columns + column0 + c])) : 0.0;
+        values[c] = inside ? peftkit::widen(down[(k0 + k) * columns + column0 + c]) : 0.0f;
       }
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) sums[row][c] = fma(part[row][k], values[c], sums[row][c]);
+        for (int c = 0; c < kColumns; ++c) sums[row][c] = __fmaf_rn(part[row][k], values[c], sums[row][c]);
       }
     }
   }
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) merge(Weight* __restrict__ weight, c
     for (int c = 0; c < kColumns; ++c) {
       if (column0 + c >= columns) break;
       Weight& own = weight[(row0 + row) * columns + column0 + c];
-      own = peftkit::narrow<Weight>(__fadd_rn(peftkit::widen(own), static_cast<float>(sums[row][c] * scale)));
+      own = peftkit::narrow<Weight>(__fadd_rn(peftkit::widen(own), __fmul_rn(sums[row][c], scale)));
     }
   }
 }
@@ -75,7 +75,7 @@ void launch(Tensor weight, Tensor down, Tensor up, double scale) {
       using Factor = std::remove_pointer_t<decltype(f)>;
       merge<Weight, Factor><<<blocks, kThreads, 0, device.stream()>>>(
           static_cast<Weight*>(weight.mutable_data_ptr()), static_cast<const Factor*>(down.const_data_ptr()),
-          static_cast<const Factor*>(up.const_data_ptr()), scale, rows, columns, rank);
+          static_cast<const Factor*>(up.const_data_ptr()), static_cast<float>(scale), rows, columns, rank);
     });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -20,22 +20,47 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
-def delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """scale * up @ down, (out, in), rounded once to float32.
+AT_A_TIME = {"cpu": 1 << 17}
+"""Device -> elements that are added up together: on the CPU few, so that what is made in float64 stays in cache."""
 
-    The terms are added one rank after the other in float64. A product of two float32 numbers is exact there, so that
-    every implementation, fused or not, gives the same bits.
+
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of float32 numbers, rounded once to float32, as a fused multiply-add gives it.
+
+    The product is exact in float64. The sum is rounded there to odd: where something is lost and the last bit is even,
+    the neighbour on the side of the loss is taken. Rounding that to float32 is rounding the exact sum.
+    """
+    product, wide = a.double() * b.double(), c.double()
+    total = product + wide
+    back = total - product
+    lost = (product - (total - back)) + (wide - back)  # exact: Knuth's two-sum
+    bits = total.view(torch.int64)
+    odd = torch.where((lost > 0) == (total > 0), bits + 1, bits - 1)
+    inexact = (lost.abs() > 0) & ((bits & 1) == 0)
+    return torch.where(inexact, odd, bits).view(torch.float64).float()
+
+
+def delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """scale * up @ down, (out, in), float32 (float64 for float64).
+
+    A chain of fused multiply-adds in float32, one rank after the other, and one product with the scale: the same bits
+    from every implementation.
 
     Args:
         down: (r, in).
         up: (out, r).
     """
-    total = torch.zeros(up.shape[0], down.shape[1], dtype=torch.float64, device=down.device)
-    wide_down, wide_up = down.double(), up.double()
-    for index in range(down.shape[0]):
-        total += wide_up[:, index, None] * wide_down[index]
     wide = torch.float64 if down.dtype == torch.float64 else torch.float32
-    return (total * scale).to(wide)
+    down, up = down.to(wide), up.to(wide)
+    found = torch.empty(up.shape[0], down.shape[1], dtype=wide, device=down.device)
+    rows = max(1, AT_A_TIME.get(down.device.type, 1 << 24) // max(1, down.shape[1]))
+    for to, part in zip(found.split(rows), up.split(rows), strict=True):
+        total = torch.zeros_like(to)
+        for index in range(down.shape[0]):
+            a, b = part[:, index, None], down[index]
+            total = total + a * b if wide == torch.float64 else fused(a, b, total)
+        to.copy_(total * scale)
+    return found
 
 
 def merged(weight: Tensor, change: Tensor) -> Tensor:
