@@ -114,10 +114,9 @@ def lora_backward(
     """
     by = gain(scale, probability)
     cast_down, cast_up = _factors(x, down, up, by)
-    none = x.new_empty(0)
-    grad_x, grad_down, grad_up = none, none.to(down.dtype), none.to(up.dtype)
+    grad_x, grad_down, grad_up = (t.new_empty(0) for t in (x, down, up))  # each its own: results must not alias
     merged = seed is None and merges(x.shape[0], weight.shape[0], weight.shape[1], down.shape[0], x.dtype)
-    back = grad @ cast_up if need_down or (need_x and not merged) else none
+    back = grad @ cast_up if need_down or (need_x and not merged) else grad_x
     masked = x if seed is None else dropped(x, probability, seed)
     if need_x and merged:
         grad_x = grad @ torch.addmm(weight, cast_up, cast_down)
