@@ -78,10 +78,12 @@ class PeakMemory:
             _CLEAR.write_text("5")
 
     def peak_bytes(self) -> int:
-        """The peak since `start`, over the floor."""
+        """The peak since `start`, over the floor; 0 where the process has shrunk below it, as it may with a tiny model."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self._floor
-        return (_status_bytes("VmHWM") if CAN_RESET else _rusage_bytes()) - self._floor
+            found = torch.cuda.max_memory_allocated(self.device)
+        else:
+            found = _status_bytes("VmHWM") if CAN_RESET else _rusage_bytes()
+        return max(0, found - self._floor)
 
 
 def _status_bytes(name: str) -> int:
