@@ -78,7 +78,7 @@ class PeakMemory:
             _CLEAR.write_text("5")
 
     def peak_bytes(self) -> int:
-        """The peak since `start`, over the floor; 0 where the process has shrunk below it, as it may with a tiny model."""
+        """The peak since `start`, over the floor; 0 where a process that trains a tiny model shrank below it."""
         if self.device.type == "cuda":
             found = torch.cuda.max_memory_allocated(self.device)
         else:
