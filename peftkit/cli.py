@@ -374,7 +374,7 @@ def bench_speed(
         raise ConfigError(str(error)) from None
     print(speed.table(timings))
     if out is not None:
-        speed.write(timings, out)
+        _bench_module("timing").append(timings, out)
         print(f"records: {out}")
 
 
@@ -415,7 +415,7 @@ def bench_ops(
     if out is not None:
         best = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
         file = out if out.suffix else ops.file_for(out, best)
-        ops.write([timing for timing in timings if timing.median_seconds is not None], file)
+        _bench_module("timing").append([timing for timing in timings if timing.median_seconds is not None], file)
         print(f"records: {file}")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peftkit_kernels._precision import wide_dtype
 from peftkit_kernels.int8_linear import int8_linear, pack_int8, quantize_rows, reference
 
 
@@ -17,7 +18,7 @@ def problem(rows, width, out, rank=3, dtype=torch.float32, seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    wide = reference.wide(dtype)
+    wide = wide_dtype(dtype)
     codes, scales = quantize_rows(normal(out, width).to(wide))
     return (
         normal(rows, width).to(dtype),

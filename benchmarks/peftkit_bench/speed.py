@@ -6,21 +6,17 @@ so that a drift of the machine's speed meets all of them alike.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import peftkit
-from peftkit_bench.record import environment
 from peftkit_bench.timing import interleaved
 
 
@@ -346,15 +342,6 @@ def measure(progress: Callable[[str], None] = lambda text: None, only: Sequence[
             progress(f"{name} {number}/{len(parts)}")
             found += part()
     return found
-
-
-def write(timings: list[Timing], out: Path) -> None:
-    """Appends one JSON line a timing, with the machine and the versions, to `out`."""
-    stamp = environment()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        for timing in timings:
-            file.write(json.dumps({**dataclasses.asdict(timing), "environment": stamp}, sort_keys=True) + "\n")
 
 
 def table(timings: list[Timing]) -> str:

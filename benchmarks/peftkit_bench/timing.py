@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from peftkit_bench.record import environment
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
@@ -29,3 +34,12 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: in
     finally:
         gc.enable()
     return times
+
+
+def append(timings: Sequence[Any], out: Path) -> None:
+    """Appends one JSON line a timing, a dataclass, with the machine and the versions, to `out`."""
+    stamp = environment()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        for timing in timings:
+            file.write(json.dumps({**dataclasses.asdict(timing), "environment": stamp}, sort_keys=True) + "\n")

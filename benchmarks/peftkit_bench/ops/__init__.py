@@ -6,10 +6,8 @@ One file an operation; each gives its comparisons, with the peers imported where
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,15 +220,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def write(timings: Sequence[Timing], out: Path) -> None:
-    """Appends one JSON line a timing, with the machine and the versions, to `out`."""
-    stamp = environment()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        for timing in timings:
-            file.write(json.dumps({**dataclasses.asdict(timing), "environment": stamp}, sort_keys=True) + "\n")
 
 
 def table(timings: Sequence[Timing]) -> str:

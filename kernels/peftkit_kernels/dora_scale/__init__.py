@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels._op import Function, Op, declare
+from peftkit_kernels._precision import wide_dtype
 from peftkit_kernels.dora_scale import reference
 
 
 def _fake_squares(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=reference.wide(weight.dtype))
+    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
 
 
 def _fake_norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=reference.wide(weight.dtype))
+    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
 
 
 OP = declare(
@@ -63,9 +64,9 @@ def _checked(weight: Tensor, down: Tensor, up: Tensor, vectors: dict[str, Tensor
             raise ValueError(
                 f"dora_scale: weight is on {weight.device} and {name} on {tensor.device}; move them together"
             )
-    if "squared" in vectors and vectors["squared"].dtype != reference.wide(weight.dtype):
+    if "squared" in vectors and vectors["squared"].dtype != wide_dtype(weight.dtype):
         raise TypeError(
-            f"dora_scale: squared is {vectors['squared'].dtype}; expected {reference.wide(weight.dtype)}, "
+            f"dora_scale: squared is {vectors['squared'].dtype}; expected {wide_dtype(weight.dtype)}, "
             "as row_squares gives it"
         )
     if (weight.dtype is torch.float64) != (down.dtype is torch.float64) or down.dtype != up.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels._case import Case, assert_within, rounding
+from peftkit_kernels._precision import wide_dtype
 from peftkit_kernels.dora_scale import OP, reference
 
 SHAPES = ((64, 96, 8), (37, 1053, 5), (1, 1, 1), (9, 700, 33), (0, 7, 2), (5, 3, 0))
@@ -50,7 +51,7 @@ def check_norms(before: tuple[Any, ...], after: tuple[Any, ...], result: Any) ->
     In double itself the terms of a row make a rounding a rank and element, which counts where all cancels.
     """
     weight, _, down, up, scale = before
-    assert result.dtype == reference.wide(weight.dtype), result.dtype
+    assert result.dtype == wide_dtype(weight.dtype), result.dtype
     wide = weight.double() + scale * (up.double() @ down.double())
     wanted = wide.square().sum(1).sqrt()
     size = (weight.double().abs() + abs(scale) * (up.double().abs() @ down.double().abs())).square().sum(1).sqrt()

@@ -5,17 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkit_kernels._precision import wide_dtype
+
 CHUNK_BYTES = 1 << 22
 """Rows are taken in chunks whose wide copies are about this large."""
 LANE_TERMS = 64
 """Rounded additions that a compiled sum may make in float32 before it goes on in float64."""
 TOLERANCE = 4e-6
 """Relative error of a norm above which a row is computed anew without cancellation, in float64."""
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the norms of a weight."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _chunks(weight: Tensor, element: int) -> tuple[Tensor, ...]:
@@ -26,7 +23,7 @@ def _chunks(weight: Tensor, element: int) -> tuple[Tensor, ...]:
 def row_squares(weight: Tensor) -> Tensor:
     """Squared Euclidean norms of the rows, (out,), added in float64 and rounded once."""
     found = [chunk.double().square().sum(1) for chunk in _chunks(weight, 8)]
-    return (torch.cat(found) if found else weight.new_empty(0)).to(wide(weight.dtype))
+    return (torch.cat(found) if found else weight.new_empty(0)).to(wide_dtype(weight.dtype))
 
 
 def dora_norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -46,7 +43,7 @@ def _norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: flo
     out, width = weight.shape
     own, wide_down, wide_up = squared.double(), down.double(), scale * up.double()
     gram = ((wide_up @ (wide_down @ wide_down.t())) * wide_up).sum(1)
-    kind = wide(weight.dtype)
+    kind = wide_dtype(weight.dtype)
     narrow_down = down.to(kind).t()
     found = [(chunk.to(kind) @ narrow_down).double() for chunk in _chunks(weight, 4)]
     inner = torch.cat(found) if found else own.new_empty(out, down.shape[0])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftkit_kernels._op import Function, Op, declare
+from peftkit_kernels._precision import wide_dtype
 from peftkit_kernels.int8_linear import reference
 
 FEW = 4
@@ -19,7 +20,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _fake_quantize(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
     codes = x.new_empty(x.shape, dtype=torch.uint8 if shifted else torch.int8)
-    return codes, x.new_empty(x.shape[0], dtype=reference.wide(x.dtype))
+    return codes, x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype))
 
 
 def _fake_forward(
@@ -187,7 +188,7 @@ class _Int8Linear(torch.autograd.Function):
         grad_x = _backward(grad, weight, weight_scale) if need_x else None
         grad_down = grad_up = None
         if down is not None:
-            rows, by = _rows(x), (up.to(reference.wide(x.dtype)) * ctx.scale).to(x.dtype)
+            rows, by = _rows(x), (up.to(wide_dtype(x.dtype)) * ctx.scale).to(x.dtype)
             cast_down = down.to(x.dtype)
             back = grad @ by if need_x or need_down else None
             if grad_x is not None and back is not None:
@@ -196,7 +197,7 @@ class _Int8Linear(torch.autograd.Function):
                 grad_down = (back.t() @ rows).to(down.dtype)
             if need_up:
                 turned = (rows @ cast_down.t()).t() @ grad
-                grad_up = (turned.to(reference.wide(x.dtype)) * ctx.scale).t().to(up.dtype).contiguous()
+                grad_up = (turned.to(wide_dtype(x.dtype)) * ctx.scale).t().to(up.dtype).contiguous()
         return (
             None if grad_x is None else grad_x.view(x.shape),
             None,
@@ -238,8 +239,8 @@ def _checked(
         raise TypeError(f"int8_linear: weight is {weight.dtype}; expected int8, as quantize_rows gives it")
     if x.dtype not in _DTYPES:
         raise TypeError(f"int8_linear: x is {x.dtype}; expected float64, float32, bfloat16 or float16")
-    if weight_scale.dtype != reference.wide(x.dtype):
-        raise TypeError(f"int8_linear: weight_scale is {weight_scale.dtype}; expected {reference.wide(x.dtype)}")
+    if weight_scale.dtype != wide_dtype(x.dtype):
+        raise TypeError(f"int8_linear: weight_scale is {weight_scale.dtype}; expected {wide_dtype(x.dtype)}")
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"int8_linear: x is {x.dtype} and bias {bias.dtype}; cast one of them")
     for name, tensor in factors.items():

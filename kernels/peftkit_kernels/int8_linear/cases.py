@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels._case import EPSILON, SMALLEST, Case, assert_within
+from peftkit_kernels._precision import wide_dtype
 from peftkit_kernels.int8_linear import OP, reference
 
 SHAPES = ((24, 33, 40, 8), (1, 131, 50, 16), (3, 64, 129, 0), (1, 1, 1, 1), (0, 7, 5, 2))
@@ -36,7 +37,7 @@ def inputs(rows: int, width: int, out: int, rank: int, base: torch.dtype, factor
         return (
             x,
             weight,
-            0.01 * normal(reference.wide(base), out).abs(),
+            0.01 * normal(wide_dtype(base), out).abs(),
             normal(base, out) if rank % 2 == 0 else None,
             normal(factor, rank, width) if rank else None,
             normal(factor, out, rank) if rank else None,
@@ -54,7 +55,7 @@ def check_forward(before: tuple[Any, ...], after: tuple[Any, ...], result: Any) 
     quantized, one to the dtype of each weight, and one to the result's. Update: five, as in `lora_linear`.
     """
     x, weight, weight_scale, bias, down, up, scale, dynamic = before
-    one, unit = EPSILON[x.dtype], EPSILON[reference.wide(x.dtype)]
+    one, unit = EPSILON[x.dtype], EPSILON[wide_dtype(x.dtype)]
     own = x.double()
     if dynamic:
         codes, row_scale = reference.quantize_rows(x, False)
@@ -79,7 +80,7 @@ def check_backward(before: tuple[Any, ...], after: tuple[Any, ...], result: Any)
     grad, weight, weight_scale = before
     wide = weight.double() * weight_scale.double()[:, None]
     size = grad.double().abs() @ wide.abs()
-    unit = EPSILON[reference.wide(grad.dtype)]
+    unit = EPSILON[wide_dtype(grad.dtype)]
     bound = 1.01 * (2 * EPSILON[grad.dtype] + (weight.shape[0] + 2) * unit) * size + 8 * SMALLEST[grad.dtype]
     assert_within(result, grad.double() @ wide, bound, "grad_x")
 
@@ -98,7 +99,7 @@ def check_finish(before: tuple[Any, ...], after: tuple[Any, ...], result: Any) -
     size = wanted.abs()
     if bias is not None:
         wanted, size = wanted + bias.double(), size + bias.double().abs()
-    bound = 1.01 * (4 * EPSILON[reference.wide(like.dtype)] * size + EPSILON[like.dtype] * wanted.abs())
+    bound = 1.01 * (4 * EPSILON[wide_dtype(like.dtype)] * size + EPSILON[like.dtype] * wanted.abs())
     assert result.dtype == like.dtype, result.dtype
     assert_within(result, wanted, bound + SMALLEST[like.dtype], "output")
 

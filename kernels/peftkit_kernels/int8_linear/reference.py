@@ -6,13 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit_kernels._precision import wide_dtype
+
 LARGEST = 127
 """Codes go from minus this to this."""
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scales and sums."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def quantize_rows(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
@@ -27,7 +24,7 @@ def quantize_rows(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
     Returns:
         codes (rows, in) and scales (rows,), float32 (float64 for float64).
     """
-    own = x.to(wide(x.dtype))
+    own = x.to(wide_dtype(x.dtype))
     largest = own.abs().amax(1) if x.shape[1] else own.new_zeros(x.shape[0])
     # Between tensors: with a number, torch multiplies with a rounded inverse in places.
     most = torch.full_like(largest, LARGEST)
@@ -89,7 +86,7 @@ def int8_forward(
 def updated(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """out + scale * x @ downᵀ @ upᵀ, the factors rounded to the dtype of x."""
     inner = F.linear(x, down.to(x.dtype))
-    return torch.addmm(out, inner, (up.to(wide(x.dtype)) * scale).to(x.dtype).t())
+    return torch.addmm(out, inner, (up.to(wide_dtype(x.dtype)) * scale).to(x.dtype).t())
 
 
 def int8_backward(grad: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:

@@ -6,16 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit_kernels._precision import wide_dtype
+
 LEVELS = 1 << 16
 """Probabilities of dropping are multiples of one over this."""
 _STEP = -7046029254386353131  # 0x9E3779B97F4A7C15, 2^64 over the golden ratio, as a signed number
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which factors are scaled."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
@@ -67,7 +64,7 @@ def merges(rows: int, out: int, width: int, rank: int, dtype: torch.dtype) -> bo
 
 
 def _factors(x: Tensor, down: Tensor, up: Tensor, by: float) -> tuple[Tensor, Tensor]:
-    return down.to(x.dtype), (up.to(wide(x.dtype)) * by).to(x.dtype)
+    return down.to(x.dtype), (up.to(wide_dtype(x.dtype)) * by).to(x.dtype)
 
 
 def lora_forward(
@@ -129,5 +126,5 @@ def lora_backward(
     if need_up:
         # (r, out) and turned: the product with the long side last is the faster one.
         turned = F.linear(masked, cast_down).t() @ grad
-        grad_up = (turned.to(wide(x.dtype)) * by).t().to(up.dtype).contiguous()
+        grad_up = (turned.to(wide_dtype(x.dtype)) * by).t().to(up.dtype).contiguous()
     return grad_x, grad_down, grad_up

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _exactly(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function, whose products autocast leaves in the dtype that they have here."""
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        kind = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return function(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return function(*args, **kwargs)
-
-    return called
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+from peftkit_kernels._precision import exactly, wide_dtype
 
 
 def _segments(adapter: Tensor, starts: Tensor) -> Iterator[tuple[int, Tensor, slice]]:
@@ -39,7 +18,7 @@ def _segments(adapter: Tensor, starts: Tensor) -> Iterator[tuple[int, Tensor, sl
             yield index, (adapter == index).nonzero()[:, 0], slice(bounds[index], bounds[index + 1])
 
 
-@_exactly
+@exactly
 def shrink(x: Tensor, factor: Tensor, starts: Tensor, adapter: Tensor, max_rank: int) -> Tensor:
     """h[i, k] = sum_j factor[starts[a_i] + k, j] x[i, j], 0 beyond the rank of a_i and where a_i is -1.
 
@@ -52,14 +31,14 @@ def shrink(x: Tensor, factor: Tensor, starts: Tensor, adapter: Tensor, max_rank:
     Returns:
         (rows, max_rank), float32, or float64 where x is.
     """
-    wide = _wide(x)
+    wide = wide_dtype(x.dtype)
     hidden = x.new_zeros((x.shape[0], max_rank), dtype=wide)
     for _, rows, ranks in _segments(adapter, starts):
         hidden[rows, : ranks.stop - ranks.start] = x[rows].to(wide) @ factor[ranks].to(wide).t()
     return hidden
 
 
-@_exactly
+@exactly
 def expand_(out: Tensor, hidden: Tensor, factor: Tensor, starts: Tensor, scales: Tensor, adapter: Tensor) -> None:
     """out[i, j] ← out[i, j] + scales[a_i] sum_k h[i, k] factor[starts[a_i] + k, j], rounded once to the dtype of out.
 
@@ -75,7 +54,7 @@ def expand_(out: Tensor, hidden: Tensor, factor: Tensor, starts: Tensor, scales:
         out[rows] = (out[rows].to(wide) + scaled @ factor[ranks].to(wide)).to(out.dtype)
 
 
-@_exactly
+@exactly
 def outer(hidden: Tensor, y: Tensor, like: Tensor, starts: Tensor, scales: Tensor, adapter: Tensor) -> Tensor:
     """g[starts[a] + k, j] = scales[a] sum over the rows i of a of h[i, k] y[i, j], of the shape and dtype of `like`."""
     wide = hidden.dtype

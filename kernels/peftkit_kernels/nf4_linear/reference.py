@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkit_kernels._precision import wide_dtype
 from peftkit_kernels.quantize_blockwise.reference import dequantize_4bit
 
 NF4 = 0
@@ -14,10 +15,6 @@ def weight_of(codes: Tensor, absmax: Tensor, rows: int, columns: int, block: int
     """The weight that the codes stand for, (rows, columns), rounded once to the dtype."""
     flat = dequantize_4bit(codes, absmax, NF4, block, rows * columns, dtype)
     return flat.view(rows, columns)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def nf4_linear(
@@ -42,7 +39,7 @@ def nf4_linear(
         down: (r, in).
         up: (height, r).
     """
-    wide = _wide(x)
+    wide = wide_dtype(x.dtype)
     weight = weight_of(codes, absmax, height, x.shape[1], block, wide)
     result = x.to(wide) @ weight.t()
     if down is not None and up is not None:
@@ -67,7 +64,7 @@ def nf4_linear_grad(
     Args:
         grad: (rows, out).
     """
-    wide = _wide(grad)
+    wide = wide_dtype(grad.dtype)
     weight = weight_of(codes, absmax, grad.shape[1], width, block, wide)
     result = grad.to(wide) @ weight
     if down is not None and up is not None:

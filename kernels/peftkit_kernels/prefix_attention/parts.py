@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit_kernels._precision import exactly
 from peftkit_kernels.prefix_attention import reference
 
 _ATEN = torch.ops.aten
@@ -118,7 +119,7 @@ def backward(
     return of_query, _added(of_key, heads_kv), _added(of_value, heads_kv)
 
 
-@reference.exactly
+@exactly
 def _plain_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def exactly(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function, whose products autocast leaves in the dtype that they have here."""
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        kind = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return function(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return function(*args, **kwargs)
-
-    return called
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+from peftkit_kernels._precision import exactly, wide_dtype
 
 
 @exactly
@@ -47,7 +24,7 @@ def part(
         (batch, heads, queries, head_dim) in the dtype of query, zero where a query sees no key; and
         log Σ exp(scale · query · key + bias), (batch, heads, queries), float32 or float64, minus infinity there.
     """
-    wide, (batch, heads, queries, width) = _wide(query), query.shape
+    wide, (batch, heads, queries, width) = wide_dtype(query.dtype), query.shape
     groups = (batch, key.shape[1], heads // key.shape[1], queries)
     # The sizes of the last dimensions are given: they cannot be inferred where there is nothing.
     scores = query.to(wide).reshape(*groups, width) @ key.to(wide)[:, :, None].transpose(-1, -2) * scale
@@ -134,7 +111,7 @@ def prefix_attention(
     """
     batch, heads, queries, _ = query.shape
     shape = (batch, prefix_key.shape[0], heads // prefix_key.shape[0], queries)
-    exact = query.to(_wide(query))
+    exact = query.to(wide_dtype(query.dtype))
     parts = []
     for keys, values, own_bias, own_causal in (
         (prefix_key[None].expand(batch, -1, -1, -1), prefix_value[None].expand(batch, -1, -1, -1), None, False),
