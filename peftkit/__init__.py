@@ -2,8 +2,9 @@
 
 from peftkit import training
 from peftkit.budget import fit_budget
+from peftkit.certificate import MergeReport
 from peftkit.checkpoint import load, save
-from peftkit.merge import MergeReport, merge, merge_and_unload, unmerge
+from peftkit.merge import merge, merge_and_unload, unmerge
 from peftkit.methods import METHODS
 from peftkit.methods.adalora import AdaLoRA
 from peftkit.methods.bitfit import BitFit

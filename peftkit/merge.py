@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from peftkit import targets
+from peftkit.certificate import MergeReport, SiteMerge, measured
 from peftkit.errors import MergeError, StateError
+from peftkit.folding import folded
 from peftkit.quantization import weights_of
 from peftkit.spec import Adapter
 from peftkit.swap import CHILD
 from peftkit.wrap import Record, check_classes, check_known, detach_code, record_of, restore, sites_of, unwrap
 
-if TYPE_CHECKING:
-    from peftkit_kernels import Stored
-
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteMerge:
-    """What merging did to one module's parameter."""
-
-    path: str
-    parameter: str
-    dtype: str
-    """Stored dtype."""
-    delta_relative: float
-    """‖W' - W‖ / ‖W‖, with W' as it was meant."""
-    error_relative: float
-    """‖stored - W'‖ / ‖W' - W‖; 0 where nothing was to change."""
-    changed: float
-    """Share of stored elements that changed."""
-    effect_kept: float
-    """⟨stored - W, W' - W⟩ / ‖W' - W‖²: 1 means that the whole effect is stored, 0 none of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What merging did, site by site."""
-
-    adapters: tuple[str, ...]
-    sites: tuple[SiteMerge, ...]
-
-    @property
-    def effect_kept(self) -> float:
-        """The least effect kept at any site; 1.0 without sites."""
-        return min((s.effect_kept for s in self.sites), default=1.0)
-
-    @property
-    def error_relative(self) -> float:
-        """The largest relative error at any site."""
-        return max((s.error_relative for s in self.sites), default=0.0)
-
-    def to_json(self) -> str:
-        """The report as JSON."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True)
-
-    def __str__(self) -> str:
-        rows = [("parameter", "dtype", "delta/weight", "error/delta", "changed", "effect kept")]
-        rows += [
-            (
-                f"{s.path}.{s.parameter}".lstrip("."),
-                s.dtype,
-                f"{s.delta_relative:.2e}",
-                f"{s.error_relative:.2e}",
-                f"{100 * s.changed:.1f} %",
-                f"{s.effect_kept:.4f}",
-            )
-            for s in self.sites
-        ]
-        widths = [max(len(r[i]) for r in rows) for i in range(6)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        lines.append(
-            f"merged {', '.join(self.adapters)} into {len(self.sites)} parameters: "
-            f"least effect kept {self.effect_kept:.4f}, largest error {self.error_relative:.2e} of the delta"
-        )
-        return "\n".join(lines)
 
 
 def merge(model: nn.Module, *names: str) -> MergeReport:
@@ -201,20 +134,7 @@ def _merge_site(
     """Merges one module; `kept` holds what was backed up so far, so that a tied parameter is backed up once."""
     weights = weights_of(module)
     before = weights.read()
-    meant = dict(before)
-    for position, adapter in enumerate(adapters):
-        if position and adapter.reads_weight:
-            raise MergeError(
-                f"{path}: {type(adapter).__name__} reads the weight beneath it, which another adapter would have "
-                "changed; merge it first in the list of adapters, or alone"
-            )
-        shown = {n: weights.turn(n, v) for n, v in meant.items()} if adapter.raw else meant
-        try:
-            new = adapter.merged(shown)
-        except MergeError as error:
-            raise MergeError(f"{path}: {error}") from None
-        meant.update({n: weights.turn(n, v) for n, v in new.items()} if adapter.raw else new)
-    changed = {n: v for n, v in meant.items() if v is not before[n]}
+    changed = folded(path, adapters, before, weights.turn)
     stored = weights.stored()
     sites = []
     for name, value in changed.items():
@@ -222,32 +142,6 @@ def _merge_site(
         if identity not in kept:
             kept[identity] = stored[name].clone()
         record.backups.setdefault(path, {})[name] = kept[identity]
-        sites.append(_measured(path, name, stored[name].dtype, weights.store(name, value)))
+        storage = str(stored[name].dtype).removeprefix("torch.")
+        sites.append(measured(path, name, storage, weights.store(name, value)))
     return sites
-
-
-def _measured(path: str, name: str, dtype: torch.dtype, found: Stored) -> SiteMerge:
-    for kind, count in (
-        ("the weight before the merge", found.not_finite_before),
-        ("the merged value", found.not_finite_meant),
-    ):
-        if count:
-            raise MergeError(
-                f"{path}.{name}: {kind} holds values that are not finite; the model is left as it was. "
-                "Check the adapter for a diverged training run"
-            )
-    if found.not_finite_after:
-        raise MergeError(
-            f"{path}.{name}: the merged value overflows {dtype}; the model is left as it was. "
-            "Load the base in bfloat16 or float32 to merge"
-        )
-    size, base = math.sqrt(found.delta_square), math.sqrt(found.weight_square)
-    return SiteMerge(
-        path=path,
-        parameter=name,
-        dtype=str(dtype).removeprefix("torch."),
-        delta_relative=size / base if base else float(size > 0),
-        error_relative=math.sqrt(found.error_square) / size if size else 0.0,
-        changed=found.changed / found.elements if found.elements else 0.0,
-        effect_kept=found.product / found.delta_square if size else 1.0,
-    )

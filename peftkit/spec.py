@@ -244,6 +244,13 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Factors (r, in) and (out, r), scale included, whose product is exactly what is added to the weight.
+
+        None: the update is no such product, or depends on the weight.
+        """
+        return None
+
     def check_trained(self) -> None:
         """Called before the adapter is saved or merged.
 

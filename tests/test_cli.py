@@ -13,6 +13,7 @@ from transformers import BertConfig, LlamaConfig
 
 import peftkit
 from peftkit import cli
+from peftkit.cli import bench, plan, skeleton
 from peftkit.errors import ConfigError
 
 
@@ -120,7 +121,7 @@ def test_plan_takes_the_number_of_classes(command, bert_folder):
 
 def test_plan_builds_the_model_without_memory_for_weights(tmp_path):
     LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path)  # as wide as a 7B model
-    model = cli.load_skeleton(str(tmp_path), cli.Task.causal_lm, None)
+    model = skeleton.load_skeleton(str(tmp_path), skeleton.Task.causal_lm, None)
     assert all(p.is_meta for p in model.parameters())
     assert peftkit.plan(model, peftkit.LoRA(r=16)).trainable == 2 * 2 * 16 * (4096 + 4096)
 
@@ -171,7 +172,7 @@ def test_plan_names_a_model_that_cannot_be_read(command, tmp_path):
     ],
 )
 def test_options_are_read_as_yaml_values(text, value):
-    parsed = cli.parse_options([f"key={text}"])["key"]
+    parsed = plan.parse_options([f"key={text}"])["key"]
     assert parsed == value
     assert type(parsed) is type(value)
 
@@ -221,7 +222,7 @@ def engine(monkeypatch):
         dry_run=lambda path: f"would run {path.name}",
         write=lambda folders, out: calls.append((folders, out)) or out,
     )
-    monkeypatch.setattr(cli, "_bench_module", lambda name: fake)
+    monkeypatch.setattr(bench, "_bench_module", lambda name: fake)
     return calls
 
 
@@ -248,17 +249,17 @@ def test_bench_run_names_a_suite_that_does_not_exist(command, engine):
 
 
 def test_bench_run_finds_the_suites_that_come_with_peftkit():
-    names = set(cli._own_suites())
+    names = set(bench._own_suites())
     on_disk = {p.stem for p in (Path(__file__).parents[1] / "benchmarks" / "suites").glob("*.yaml")}
     assert names == on_disk
-    assert cli.find_suite("quick").name == "quick.yaml"
+    assert bench.find_suite("quick").name == "quick.yaml"
 
 
 def test_bench_run_says_how_to_go_on_when_interrupted(command, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_bench_module", lambda name: types.SimpleNamespace(run=interrupted))
+    monkeypatch.setattr(bench, "_bench_module", lambda name: types.SimpleNamespace(run=interrupted))
     suite = tmp_path / "mine.yaml"
     suite.write_text("name: mine\n")
     code, _, err = command("bench", "run", str(suite))
@@ -286,7 +287,7 @@ def test_bench_says_when_the_benchmarks_are_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "peftkit_bench", None)
     monkeypatch.delitem(sys.modules, "peftkit_bench.engine", raising=False)
     with pytest.raises(ConfigError, match="is not installed, which `peftkit bench` needs"):
-        cli._bench_module("engine")
+        bench._bench_module("engine")
 
 
 # the program
