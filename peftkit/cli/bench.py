@@ -1,4 +1,4 @@
-"""`peftkit bench`: suites, reports and timings."""
+"""Comparing methods and timings: `peftkit bench run | report | speed | ops`."""
 
 from __future__ import annotations
 
