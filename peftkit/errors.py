@@ -8,6 +8,7 @@ PeftkitError
 ├── MergeError (RuntimeError)             a merge refused; the model is as it was
 ├── CheckpointError (ValueError)          an adapter folder that cannot be read, or does not fit the model
 │   └── BaseMismatchError                 the base weights are not those that the adapter was trained on
+├── ExportError (ValueError)              an export that its reader would reject, or read as something else
 └── TrainingError (RuntimeError)          training hooks that were never driven, or driven without what they need
 
 Every message says what was expected, what was found, where, and the next step.
@@ -49,6 +50,10 @@ class CheckpointError(PeftkitError, ValueError):
 
 class BaseMismatchError(CheckpointError):
     """The base weights are not those that the adapter was trained on."""
+
+
+class ExportError(PeftkitError, ValueError):
+    """An export that was refused because its reader would reject it or read something else; nothing was written."""
 
 
 class TrainingError(PeftkitError, RuntimeError):

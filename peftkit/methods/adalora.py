@@ -204,6 +204,12 @@ class AdaLoraAdapter(Adapter):
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         return functional.add_low_rank(call(x), dropped, down, up, self.scale)
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """diag(E) Q and scale * P, without the triplets whose singular value is zero."""
+        left = (self.lora_E.detach() != 0)[:, 0]
+        down, up = (_wide(f.detach()) for f in self.factors())
+        return down[left], self.scale * up[:, left]
+
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = W + scale * P diag(E) Q."""
         down, up = (_wide(f.detach()) for f in self.factors())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import functional
-from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, config
+from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, adapter_dtype, config
 from peftkit.targets import from_pattern
 
 
@@ -117,6 +117,14 @@ class LohaAdapter(Adapter):
 
     def _cast_matrix(self, dtype: torch.dtype) -> Tensor:
         return self.matrix().to(dtype)
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """The factors of rank r²; None where r² is no less than a side of the weight."""
+        rank, inside = self.hada_w1_b.shape
+        if rank * rank >= min(inside, self.hada_w1_a.shape[0]):
+            return None
+        down, up = (f.detach() for f in self.thin_factors())
+        return down.to(adapter_dtype(down.dtype)), self.scale * up.to(adapter_dtype(up.dtype))
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = W + scale * (A₁ B₁) ∘ (A₂ B₂)."""

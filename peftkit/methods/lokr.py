@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import backbones, functional
-from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, config
+from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, adapter_dtype, config
 from peftkit.targets import from_pattern
 
 SMALL = 1 << 14
@@ -142,6 +142,25 @@ class LokrAdapter(Adapter):
         else:
             out.view(rows, left, k).baddbmm_(first.expand(rows, left, m), inner)
         return out
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """R₁ ⊗ R₂ and scale * L₁ ⊗ L₂, as (L₁ R₁) ⊗ (L₂ R₂) is their product; None where their rank is no less than a
+        side of the weight.
+        """
+        (left_1, right_1), (left_2, right_2) = (self._split(name) for name in ("lokr_w1", "lokr_w2"))
+        up_1, up_2, down_1, down_2 = left_1.shape[0], left_2.shape[0], right_1.shape[1], right_2.shape[1]
+        if right_1.shape[0] * right_2.shape[0] >= min(up_1 * up_2, down_1 * down_2):
+            return None
+        return torch.kron(right_1, right_2), self.scale * torch.kron(left_1, left_2)
+
+    def _split(self, name: str) -> tuple[Tensor, Tensor]:
+        """A left and a right factor of a matrix: its own, or itself and the identity of its smaller side."""
+        own = {n: t.detach().to(adapter_dtype(t.dtype)) for n, t in self._parameters.items() if t is not None}
+        if name not in own:
+            return own[f"{name}_a"], own[f"{name}_b"]
+        whole = own[name]
+        identity = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
+        return (whole, identity) if whole.shape[1] <= whole.shape[0] else (identity, whole)
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = W + scale * W₁ ⊗ W₂."""

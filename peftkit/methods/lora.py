@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from peftkit import functional
 from peftkit.errors import ConfigError, MergeError, TargetError
 from peftkit.quantization import weights_of
-from peftkit.spec import Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, config
+from peftkit.spec import (
+    Adapter,
+    Attach,
+    Config,
+    Knob,
+    Method,
+    Paper,
+    PeftFormat,
+    Site,
+    adapter_dtype,
+    config,
+)
 from peftkit.targets import from_pattern
 
 Init = Literal["gaussian", "orthogonal", "pissa", "olora"]
@@ -120,6 +131,13 @@ class LoraAdapter(Adapter):
         wide = torch.float64 if down.dtype == torch.float64 else torch.float32
         return self.scale * (up.detach().to(wide) @ down.detach().to(wide))
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """A and scale * B; None with lora_bias, which is added to the output and not to the weight."""
+        if self.lora_bias is not None:
+            return None
+        down, up = (f.detach().to(adapter_dtype(f.dtype)) for f in self.factors())
+        return down, self.scale * up
+
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = W + scale * B A, b' = b + scale * lora_bias."""
         weight = base["weight"]
@@ -209,6 +227,10 @@ class DoraAdapter(LoraAdapter):
         if not isinstance(bias, Tensor):
             return out * factors
         return torch.addcmul(bias.to(out.dtype) * (1 - factors), out, factors)
+
+    def low_rank(self) -> None:
+        """None: the rows of the weight itself are scaled too."""
+        return
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = m (W + scale B A) / ‖W + scale B A‖ by rows."""

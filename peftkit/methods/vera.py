@@ -11,7 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.functional import Derived
-from peftkit.spec import METADATA_PREFIX, Adapter, Attach, Config, Knob, Method, Paper, PeftFormat, Site, State, config
+from peftkit.spec import (
+    METADATA_PREFIX,
+    Adapter,
+    Attach,
+    Config,
+    Knob,
+    Method,
+    Paper,
+    PeftFormat,
+    Site,
+    State,
+    adapter_dtype,
+    config,
+)
 
 SHARED_PREFIX = "base_model."
 """What precedes the shared projections in an adapter file."""
@@ -99,6 +112,14 @@ class VeraAdapter(Adapter):
             update = F.linear(inner * inner_scale.to(inner.dtype), up) * outer_scale.to(out.dtype)
             return out + update.to(out.dtype)
         return out.addcmul_(F.linear(inner.mul_(inner_scale.to(dtype)), up), outer_scale.to(out.dtype))
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """diag(d) A and diag(b) B; None where r is no less than a side of the weight."""
+        inner, outer = self.vera_lambda_d.detach(), self.vera_lambda_b.detach()
+        if inner.shape[0] >= min(self.inside, self.out):
+            return None
+        down, up = (t.detach() for t in self.projections(adapter_dtype(inner.dtype)))
+        return inner[:, None].to(down.dtype) * down, outer[:, None].to(up.dtype) * up
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W' = W + diag(b) B diag(d) A."""
