@@ -6,12 +6,12 @@ The module keeps its identity, its parameters and its place in the tree; only `_
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from peftkit.quantization.exchange import rebind
 from peftkit.spec import Adapter
 
 CHILD = "peftkit"
@@ -102,10 +102,7 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     current = type(module)
     if current is cls or (class_grew(module) and issubclass(current, cls) and "_peftkit_original" in cls.__dict__):
         return
-    for key in ("_old_forward", "forward"):
-        bound = module.__dict__.get(key)
-        if isinstance(bound, types.MethodType) and bound.__func__ is current.forward:
-            module.__dict__[key] = types.MethodType(cls.forward, module)
+    rebind(module, current, cls)
     module.__class__ = cls
 
 

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftkit.errors import MergeError
+from peftkit.quantization import bnb, gptq, native, torchao
+from peftkit.quantization.base import BaseWeights, CodedWeights
+from peftkit.quantization.exchange import Former, exchange, put_back
+from peftkit.quantization.native import KINDS, Kind, QuantizedLinear
 from peftkit.quantization.plain import PlainWeights
 
-if TYPE_CHECKING:
-    from peftkit_kernels import Stored
-
-
-class BaseWeights(Protocol):
-    """The parameters of one module, readable and perhaps writable."""
-
-    can_write: bool
-
-    def read(self) -> dict[str, Tensor]:
-        """Parameters by name in float32 (float64 stays), weights of projections as (out, in). Copies."""
-        ...
-
-    def store(self, name: str, value: Tensor) -> Stored:
-        """Writes a parameter, given as `read` gives it, rounded once to its stored dtype, in place.
-
-        Returns:
-            What of the change is stored.
-        """
-        ...
-
-    def turn(self, name: str, value: Tensor) -> Tensor:
-        """Between (out, in) and the orientation in which the parameter is stored; its own inverse."""
-        ...
-
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors as they are stored, for a backup. Not copies."""
-        ...
+BACKENDS: tuple[Callable[[nn.Module], CodedWeights | None], ...] = (
+    native.weights,
+    bnb.weights,
+    torchao.weights,
+    gptq.weights,
+)
+"""Each gives access to a module that is its own, and None for any other."""
 
 
 def weights_of(module: nn.Module) -> BaseWeights:
     """Access to the module's own parameters.
 
     Raises:
-        MergeError: the module stores its weight in a way that no backend here knows.
+        MergeError: the module stores its weight in a way that no backend here knows, or is not quantized yet.
     """
     for parameter in module.parameters(recurse=False):
         if parameter.is_meta:
@@ -51,12 +34,34 @@ def weights_of(module: nn.Module) -> BaseWeights:
                 f"a weight of {type(module).__name__} is on the meta device: offloaded, or never loaded; load the base "
                 "model without offloading to merge"
             )
+    for backend in BACKENDS:
+        found = backend(module)
+        if found is not None:
+            return found
+    for parameter in module.parameters(recurse=False):
         if not parameter.is_floating_point():
             raise MergeError(
                 f"{type(module).__name__} stores its weight as {parameter.dtype}, which no backend of this version can "
-                "read; load the base model in bfloat16, float16 or float32 to merge"
+                "read; load the base model in bfloat16, float16 or float32, or quantized with bitsandbytes, torchao "
+                "or peftkit.quantize"
             )
     return PlainWeights(module)
 
 
-__all__ = ["BaseWeights", "PlainWeights", "weights_of"]
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module's weight is stored in codes."""
+    return any(backend(module) is not None for backend in BACKENDS)
+
+
+__all__ = [
+    "KINDS",
+    "BaseWeights",
+    "Former",
+    "Kind",
+    "PlainWeights",
+    "QuantizedLinear",
+    "exchange",
+    "is_quantized",
+    "put_back",
+    "weights_of",
+]

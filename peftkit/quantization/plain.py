@@ -10,15 +10,28 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peftkit_kernels import Stored
 
+    from peftkit.quantization.native import QuantizedLinear
+
 
 class PlainWeights:
     """Reads and writes ordinary floating-point parameters."""
 
-    can_write = True
+    quantized = False
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters: dict[str, Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
         self._transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weight, or of the first parameter."""
+        first = self._parameters.get("weight", next(iter(self._parameters.values()), None))
+        return torch.float32 if first is None else first.dtype
+
+    @property
+    def storage(self) -> str:
+        """The dtype."""
+        return str(self.dtype).removeprefix("torch.")
 
     def turn(self, name: str, value: Tensor) -> Tensor:
         """Between (out, in) and the orientation in which the parameter is stored; its own inverse."""
@@ -41,3 +54,10 @@ class PlainWeights:
     def stored(self) -> dict[str, Tensor]:
         """The tensors as they are stored. Not copies."""
         return {name: parameter.data for name, parameter in self._parameters.items()}
+
+    def layer(self) -> None:
+        """None: there are no codes."""
+
+    def holding(self, layer: QuantizedLinear) -> nn.Module:
+        """peftkit's own layer."""
+        return layer
