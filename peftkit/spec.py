@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -219,6 +219,8 @@ class Adapter(nn.Module):
 
     reads_weight: ClassVar[bool] = False
     """True: forward reads the module's own weight, so that only the innermost of several adapters can be merged."""
+    additive: ClassVar[bool] = False
+    """True: what `merged` adds to the parameters does not depend on them, so that it can be scaled."""
 
     def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's output with the adapter applied.
@@ -250,6 +252,27 @@ class Adapter(nn.Module):
         None: the update is no such product, or depends on the weight.
         """
         return None
+
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """The adapter of a stripe of the weight: `merged` of the stripe alone is the stripe of what is merged.
+
+        Args:
+            side: 0: rows start to stop of the weight as (out, in), with their biases; 1: columns, with all biases.
+                A `raw` adapter takes rows as they are stored, and the biases as the side says.
+
+        Returns:
+            An adapter that holds views, for merging only; None: a stripe depends on the rest of the weight.
+        """
+        return None
+
+    def _with(self, **tensors: Tensor) -> Self:
+        """A twin that shares everything but these tensors."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        for kind in ("_parameters", "_buffers"):
+            own = self.__dict__[kind]
+            twin.__dict__[kind] = {name: tensors.get(name, value) for name, value in own.items()}
+        return twin
 
     def check_trained(self) -> None:
         """Called before the adapter is saved or merged.

@@ -40,6 +40,11 @@ class WholeModule(Adapter):
         """The trained copy."""
         return self._parameters[name]
 
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """Rows of the copied weight as it is stored; of the other copies too where the rows are outputs."""
+        cut = {n: p for n, p in self._parameters.items() if p is not None and (n == "weight" or side == 0)}
+        return self._with(**{n: p[start:stop] for n, p in cut.items()})
+
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The trained copies themselves."""
         return {name: self._parameters[name].detach().to(base[name].dtype) for name in self.replaces}  # type: ignore[union-attr]  # registered above

@@ -142,6 +142,8 @@ def _wide(tensor: Tensor) -> Tensor:
 class AdaLoraAdapter(Adapter):
     """h = W x + scale * P diag(E) Q x, with Q = A (r, in), E (r, 1), P = B (out, r)."""
 
+    additive = True
+
     def __init__(self, site: Site, cfg: AdaLoRA) -> None:
         super().__init__()
         rank = _rank(site, cfg)
@@ -214,6 +216,12 @@ class AdaLoraAdapter(Adapter):
         """W' = W + scale * P diag(E) Q."""
         down, up = (_wide(f.detach()) for f in self.factors())
         return {"weight": base["weight"] + (self.scale * (up @ down)).to(base["weight"].dtype)}
+
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """Columns of Q, or rows of P."""
+        if side:
+            return self._with(lora_A=self.lora_A[:, start:stop])
+        return self._with(lora_B=self.lora_B[start:stop])
 
     def score(self, cfg: AdaLoRA, names: Collection[str]) -> None:
         """Takes the gradients of these tensors into the running sensitivity and its uncertainty.

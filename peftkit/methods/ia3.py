@@ -53,6 +53,12 @@ class IA3Adapter(Adapter):
             out["bias"] = base["bias"] * scale.view(-1)
         return out
 
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """The factors of the side that is scaled; the other side's stripes need them all."""
+        if side != self.feedforward:
+            return self
+        return self._with(ia3_l=self.ia3_l[:, start:stop] if side else self.ia3_l[start:stop])
+
 
 def sites(model: nn.Module, cfg: IA3) -> list[Site]:
     """The targets, each with the fact whether its input or its output is scaled.

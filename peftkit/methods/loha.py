@@ -52,6 +52,8 @@ class LohaAdapter(Adapter):
     The two thin products are used while they are cheaper than the matrix itself, r² (in + out) < in out.
     """
 
+    additive = True
+
     def __init__(self, site: Site, cfg: LoHa) -> None:
         super().__init__()
         rank = _rank(site, cfg)
@@ -131,6 +133,12 @@ class LohaAdapter(Adapter):
         wide = base["weight"].dtype
         left_1, right_1, left_2, right_2 = (t.detach().to(wide) for t in self._factors())
         return {"weight": base["weight"] + self.scale * ((left_1 @ right_1) * (left_2 @ right_2))}
+
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """Columns of both right factors, or rows of both left ones."""
+        if side:
+            return self._with(hada_w1_b=self.hada_w1_b[:, start:stop], hada_w2_b=self.hada_w2_b[:, start:stop])
+        return self._with(hada_w1_a=self.hada_w1_a[start:stop], hada_w2_a=self.hada_w2_a[start:stop])
 
 
 def parameter_count(site: Site, cfg: LoHa) -> int:

@@ -94,6 +94,8 @@ class LokrAdapter(Adapter):
     With x as an (m, n) matrix X, (W₁ ⊗ W₂) x is W₁ X W₂ᵀ: two small products, and never an (out, in) matrix.
     """
 
+    additive = True
+
     def __init__(self, site: Site, cfg: LoKr) -> None:
         super().__init__()
         self.scale = float(from_pattern(cfg.alpha_pattern, site.path, cfg.alpha)) / _rank(site, cfg)

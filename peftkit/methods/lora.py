@@ -87,6 +87,8 @@ def _is_embedding(site: Site) -> bool:
 class LoraAdapter(Adapter):
     """h = W x + scale * B A x, with A (r, in) and B (out, r)."""
 
+    additive = True
+
     start_A: Tensor
     start_B: Tensor
 
@@ -149,6 +151,16 @@ class LoraAdapter(Adapter):
             out["bias"] = base["bias"] + self.scale * self.lora_bias.detach().to(base["bias"].dtype)
         return out
 
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """Columns of A, or rows of B."""
+        if side:
+            names = ("lora_A", "start_A") if self.moves_base else ("lora_A",)
+            return self._with(**{n: getattr(self, n)[:, start:stop] for n in names})
+        found = {n: getattr(self, n)[start:stop] for n in ("lora_B", *(("start_B",) if self.moves_base else ()))}
+        if self.lora_bias is not None:
+            found["lora_bias"] = self.lora_bias[start:stop]
+        return self._with(**found)
+
 
 class EmbeddingAdapter(LoraAdapter):
     """The same update of an embedding: rows of (B A)ᵀ are looked up."""
@@ -169,6 +181,7 @@ class DoraAdapter(LoraAdapter):
     """h = m (W + scale B A) x / ‖W + scale B A‖ by rows; the norm is not differentiated (section 4.3 of the paper)."""
 
     reads_weight = True
+    additive = False
 
     def __init__(self, site: Site, cfg: LoRA) -> None:
         super().__init__(site, cfg)
@@ -237,6 +250,12 @@ class DoraAdapter(LoraAdapter):
         weight = base["weight"] + self.delta().to(base["weight"].dtype)
         scale = self.lora_magnitude_vector.detach().to(weight.dtype) / weight.norm(dim=1)
         return {"weight": scale[:, None] * weight}
+
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """Rows of B and of the magnitude; the norm of a row needs all its columns."""
+        if side:
+            return None
+        return self._with(lora_B=self.lora_B[start:stop], lora_magnitude_vector=self.lora_magnitude_vector[start:stop])
 
 
 def parameter_count(site: Site, cfg: LoRA) -> int:

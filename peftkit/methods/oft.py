@@ -160,6 +160,10 @@ class OftAdapter(Stepped):
         split = weight.reshape(-1, self.blocks, self.size)
         return {"weight": weight + torch.einsum("obc,bkc->obk", split, turn.expand(self.blocks, -1, -1)).flatten(1)}
 
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """Every row is turned alike; a turn mixes columns."""
+        return None if side else self
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Brings the blocks back to the neighbourhood of the identity that coft allows."""

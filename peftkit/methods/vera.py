@@ -80,6 +80,8 @@ class SharedProjections(Adapter):
 class VeraAdapter(Adapter):
     """h = W x + b ∘ B (d ∘ A x), with d (r,) and b (out,)."""
 
+    additive = True
+
     def __init__(self, site: Site, cfg: VeRA, shared: SharedProjections) -> None:
         super().__init__()
         self.dropout = cfg.vera_dropout
@@ -127,6 +129,20 @@ class VeraAdapter(Adapter):
         down, up = (t.detach().to(wide) for t in self.projections(self.vera_lambda_d.dtype))
         inner, outer = self.vera_lambda_d.detach().to(wide), self.vera_lambda_b.detach().to(wide)
         return {"weight": base["weight"] + (outer[:, None] * up) @ (inner[:, None] * down)}
+
+    def part(self, side: int, start: int, stop: int) -> Adapter | None:
+        """Columns of A, or rows of B with their factors."""
+        down, up = self.projections(self.vera_lambda_d.dtype)
+        if side:
+            shared = self._shared[0]._with(vera_A=down[:, start:stop], vera_B=up)
+            twin = self._with()
+            twin.inside = stop - start
+        else:
+            shared = self._shared[0]._with(vera_A=down, vera_B=up[start:stop])
+            twin = self._with(vera_lambda_b=self.vera_lambda_b[start:stop])
+            twin.out = stop - start
+        twin._shared = (shared,)
+        return twin
 
 
 def parameter_count(site: Site, cfg: VeRA) -> int:
