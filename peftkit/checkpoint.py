@@ -16,9 +16,9 @@ from peftkit import backbones, fingerprint, folder, targets
 from peftkit.errors import BaseMismatchError, CheckpointError, ConfigError, PeftkitError, nearest
 from peftkit.methods import METHODS
 from peftkit.plan import Plan, plan
+from peftkit.quantization import original_class
 from peftkit.sharding import gathered
 from peftkit.spec import METADATA_PREFIX, Method, PeftFormat, State
-from peftkit.swap import original_class
 from peftkit.whole import WholeModule
 from peftkit.wrap import adapters_of, attach, check_name, is_wrapped, record_of, state_of, step_sites
 
@@ -62,30 +62,36 @@ def save(
         CheckpointError: the folder cannot be written, or `about` is not plain JSON.
         TrainingError: the adapter was trained without what its method needs.
     """
-    record = record_of(model)
     planned, tensors_by_site = _stored(model, name)
     tensors = {k: gathered(t).detach().cpu().contiguous() for k, t in packed(planned, tensors_by_site).items()}
     destination = Path(path) if name == "default" else Path(path) / name
-    provenance = dict(record.provenance.get(name, {}))
-    if "base" not in provenance:
-        left_out = [s.path for s in planned.extras]
-        provenance["base"] = {
-            "class": backbones_class(model),
-            "tensors": fingerprint.fingerprint(fingerprint.base_tensors(model, record.backups, left_out)),
-        }
-        record.provenance[name] = provenance
+    origin = origin_of(model, name)
     if about is not None:
-        provenance["about"] = dict(about)
+        origin["about"] = dict(about)
     try:
         files = {
             folder.CONFIG: _json(written_config(model, planned)),
-            folder.PROVENANCE: _json({"format": 1, "method": planned.method.name, **provenance}),
+            folder.PROVENANCE: _json({"format": 1, "method": planned.method.name, **origin}),
             folder.CARD: _card(model, planned).encode(),
         }
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"about must hold plain JSON values: {error}") from None
     folder.write(destination, files, tensors)
     return destination
+
+
+def origin_of(model: nn.Module, name: str) -> dict[str, Any]:
+    """What is known of an adapter's origin; a fingerprint of the base weights is made once and kept."""
+    record = record_of(model)
+    origin = dict(record.provenance.get(name, {}))
+    if "base" not in origin:
+        left_out = [s.path for s in record.plans[name].extras]
+        origin["base"] = {
+            "class": backbones_class(model),
+            "tensors": fingerprint.fingerprint(fingerprint.base_tensors(model, record.backups, left_out)),
+        }
+        record.provenance[name] = origin
+    return origin
 
 
 def _stored(model: nn.Module, name: str) -> tuple[Plan, State]:
@@ -141,17 +147,30 @@ def load(
     if is_wrapped(model) and record_of(model).merged:
         raise ConfigError("adapters are merged into the weights; call peftkit.unmerge(model) before loading another")
     source = folder.located(path, name)
+    planned, state = read(model, source, ignore)
+    found = provenance(source)
+    if "base" not in ignore:
+        _check_base(model, planned, found, source)
+    attach(model, planned, name=name, dtype=dtype, trainable=trainable, state=state)
+    record_of(model).provenance[name] = found
+    return model
+
+
+def read(model: nn.Module, source: Path, ignore: Collection[Ignorable] = ()) -> tuple[Plan, State]:
+    """The plan and the tensors of a saved adapter for this model, which stays as it is and may be on the meta device.
+
+    Args:
+        source: the folder that holds the adapter's files, as `folder.located` finds it.
+        ignore: as in `load`; a model on the meta device needs "base".
+
+    Raises:
+        CheckpointError, BaseMismatchError, TargetError: as `load`.
+    """
     config = targets.without_idle(model, read_config(source, model))
     tensors = folder.read_tensors(source)
     planned = plan(model, config)
     tensors = _checked(planned, _without_base_copies(model, tensors, source, ignore), source, ignore)
-    provenance = _provenance(source)
-    if "base" not in ignore:
-        _check_base(model, planned, provenance, source)
-    state = unpacked(planned, tensors)
-    attach(model, planned, name=name, dtype=dtype, trainable=trainable, state=state)
-    record_of(model).provenance[name] = provenance
-    return model
+    return planned, unpacked(planned, tensors)
 
 
 # Config -------------------------------------------------------------------------------------------------------------
@@ -385,10 +404,12 @@ def _without_base_copies(
             kept[key] = tensor
             continue
         name = key.removeprefix(METADATA_PREFIX).replace(".base_layer.", ".")
+        if "base" in ignore:
+            continue
         same = (
             name in own and own[name].shape == tensor.shape and torch.equal(own[name].cpu(), tensor.to(own[name].dtype))
         )
-        if not same and "base" not in ignore:
+        if not same:
             raise BaseMismatchError(
                 f"{source}: {key} is a copy of the base weight that the adapter was trained on, and the model's {name} "
                 "is another. Load the base that it was trained on, or accept this one with ignore=('base',)"
@@ -399,7 +420,12 @@ def _without_base_copies(
 # Provenance ---------------------------------------------------------------------------------------------------------
 
 
-def _provenance(source: Path) -> dict[str, Any]:
+def provenance(source: Path) -> dict[str, Any]:
+    """What a saved adapter's folder knows of its origin: "base" and "about", where they are there.
+
+    Raises:
+        CheckpointError: the file that says it cannot be read.
+    """
     file = source / folder.PROVENANCE
     if not file.exists():
         return {}
