@@ -24,6 +24,7 @@ from peftkit.methods.prompt import PromptTuning
 from peftkit.methods.ptuning import PTuning
 from peftkit.methods.vera import VeRA
 from peftkit.plan import Plan, plan
+from peftkit.quantize import load_quantized, quantize
 from peftkit.wrap import activate, disabled, unwrap, wrap
 
 __version__ = "0.1.0"
@@ -53,9 +54,11 @@ __all__ = [
     "disabled",
     "fit_budget",
     "load",
+    "load_quantized",
     "merge",
     "merge_and_unload",
     "plan",
+    "quantize",
     "save",
     "training",
     "unmerge",

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftkit.quantization import QuantizedLinear
+
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
@@ -52,6 +54,13 @@ def plain_linear(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tupl
     ):
         return None
     return weight, bias
+
+
+def quantized_layer(module: nn.Module, call: Callable[..., Any]) -> QuantizedLinear | None:
+    """The module when it is a quantized layer of peftkit's that `call` computes directly; None for any other."""
+    if isinstance(module, QuantizedLinear) and type(call) is functools.partial and call.func is QuantizedLinear.forward:
+        return module
+    return None
 
 
 def add_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -268,8 +277,19 @@ def row_norms(weight: Tensor, squared: Tensor, down: Tensor, up: Tensor, scale: 
         if peftkit_kernels.OPS["dora_scale"].compiled_for(weight.device.type):
             return peftkit_kernels.dora_norms(weight, squared, down, up, scale)
     wide = squared.dtype
-    down, up = down.to(wide), up.to(wide)
-    cross = ((weight @ down.to(weight.dtype).t()).to(wide) * up).sum(1)
+    return norms_from(squared, weight @ down.to(weight.dtype).t(), down.to(wide), up.to(wide), scale)
+
+
+def norms_from(squared: Tensor, product: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """As `row_norms`, with weight @ downᵀ in place of the weight.
+
+    Args:
+        squared: (out,), squared norms of the rows of the weight.
+        product: (out, r).
+        down: (r, in), in the dtype of `squared`.
+        up: (out, r), in the dtype of `squared`.
+    """
+    cross = (product.to(squared.dtype) * up).sum(1)
     gram = ((up @ (down @ down.t())) * up).sum(1)
     return (squared + 2 * scale * cross + scale * scale * gram).clamp_min_(0).sqrt_()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftkit.quantization.exchange import rebind
+from peftkit.quantization.exchange import original_class, rebind
 from peftkit.spec import Adapter
 
 CHILD = "peftkit"
@@ -109,11 +109,6 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 def class_grew(module: nn.Module) -> bool:
     """Whether something derived another class from the adapted one after wrapping, as fully_shard does."""
     return "_peftkit_original" not in type(module).__dict__ and hasattr(type(module), "_peftkit_original")
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has when no adapter is attached."""
-    return getattr(type(module), "_peftkit_original", type(module))
 
 
 def refresh(module: nn.Module, active: Sequence[str], *, root: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,8 @@ import transformers
 from torch import nn
 
 import peftkit
-from peftkit.errors import MergeError, TargetError
+from peftkit.quantization import QuantizedLinear, exchange, is_quantized, weights_of
+from peftkit.wrap import adapters_of
 
 with warnings.catch_warnings():
     # On some processors bitsandbytes looks for a package of compiled code and warns when there is none.
@@ -43,7 +45,39 @@ def eight_bit(linear: nn.Linear) -> nn.Module:
     return made.to("cpu")
 
 
-STORAGES: dict[str, Callable[[nn.Linear], nn.Module]] = {"nf4": four_bit, "int8": eight_bit}
+def nested(linear: nn.Linear) -> nn.Module:
+    made = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        quant_type="fp4",
+    )
+    made.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.data, requires_grad=False, quant_type="fp4", compress_statistics=True
+    )
+    made.bias = linear.bias
+    return made.to("cpu")
+
+
+def own(**settings: Any) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        bias = None if linear.bias is None else linear.bias.detach()
+        return QuantizedLinear.of(linear.weight.detach(), bias, **settings)
+
+    return make
+
+
+STORAGES: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "bnb nf4": four_bit,
+    "bnb nested fp4": nested,
+    "bnb int8": eight_bit,
+    "nf4": own(kind="nf4"),
+    "nested nf4": own(kind="nf4", nested=True),
+    "fp4": own(kind="fp4"),
+    "int8": own(kind="int8"),
+    "dynamic int8": own(kind="int8", dynamic=True),
+}
 
 
 def quantized(storage: str) -> nn.Module:
@@ -108,18 +142,29 @@ def test_method_trains_on_a_quantized_base_and_leaves_it_as_it_was(name: str, st
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_merge_into_a_quantized_weight_is_refused_and_changes_nothing(storage: str) -> None:
-    model = peftkit.wrap(quantized(storage), peftkit.LoRA(init_lora_weights=False))
-    with torch.no_grad():
-        expected = model(**inputs()).logits
-        with pytest.raises(MergeError, match="load the base model in bfloat16"):
-            peftkit.merge(model)
-        assert torch.equal(model(**inputs()).logits, expected)
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-def test_dora_on_a_quantized_weight_is_refused_because_it_would_read_codes_as_numbers(storage: str) -> None:
+def test_dora_takes_the_norms_of_what_the_codes_stand_for(storage: str) -> None:
     model = quantized(storage)
-    with pytest.raises(TargetError, match="stores its weight quantized"):
-        peftkit.wrap(model, peftkit.LoRA(use_dora=True))
-    assert not any(p.endswith("peftkit") for p, _ in model.named_modules())
+    plain = copy.deepcopy(model)
+    for module in list(plain.modules()):
+        if is_quantized(module):
+            parameters = weights_of(module).read()
+            fresh = nn.Linear(module.in_features, module.out_features, bias="bias" in parameters)
+            fresh.load_state_dict(parameters)
+            exchange(module, fresh.to(torch.bfloat16))
+    torch.manual_seed(0)
+    peftkit.wrap(model, peftkit.LoRA(use_dora=True))
+    torch.manual_seed(0)
+    peftkit.wrap(plain, peftkit.LoRA(use_dora=True))
+    for (path, mine), (_, other) in zip(adapters_of(model, "default"), adapters_of(plain, "default"), strict=True):
+        if not hasattr(mine, "lora_magnitude_vector"):
+            continue
+        assert torch.allclose(mine.lora_magnitude_vector, other.lora_magnitude_vector, rtol=2**-7), path
+        with torch.no_grad():
+            mine.lora_B.normal_(std=0.1)
+            other.lora_B.copy_(mine.lora_B)
+    with torch.no_grad():
+        for (path, mine), (_, other) in zip(adapters_of(model, "default"), adapters_of(plain, "default"), strict=True):
+            if hasattr(mine, "lora_magnitude_vector"):
+                found = mine.row_norms(model.get_submodule(path))
+                expected = other.row_norms(plain.get_submodule(path))
+                assert torch.allclose(found, expected, rtol=2**-6), path

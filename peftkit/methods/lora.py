@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import functional
-from peftkit.errors import ConfigError, MergeError, TargetError
-from peftkit.quantization import weights_of
+from peftkit.errors import ConfigError, MergeError
+from peftkit.quantization import is_quantized, original_class, weights_of
 from peftkit.spec import (
     Adapter,
     Attach,
@@ -116,6 +116,8 @@ class LoraAdapter(Adapter):
         down, up = self.factors()
         if self.dropout and self.training:
             out = functional.add_low_rank(call(x), F.dropout(x, self.dropout), down, up, self.scale)
+        elif (layer := functional.quantized_layer(module, call)) is not None:
+            out = layer.with_low_rank(x, down, up, self.scale)
         elif functional.plain_gradients(x) and (plain := functional.plain_linear(module, call, x)) is not None:
             out = functional.lora_linear(x, *plain, down, up, self.scale)
         else:
@@ -188,40 +190,42 @@ class DoraAdapter(LoraAdapter):
         self.lora_magnitude_vector = nn.Parameter(torch.empty(site.out_features))
         self._squares, self._factors = functional.Derived(), functional.Derived()
 
-    @staticmethod
-    def _turned(module: nn.Module, weight: Any) -> Tensor:
-        """A weight of the module as (out, in).
-
-        Raises:
-            TargetError: the weight is stored quantized, so that its rows have no norms to read.
-        """
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise TargetError(
-                f"use_dora needs norms of the weight's rows, and {type(module).__name__} stores its weight quantized: "
-                "use LoRA without use_dora, or load the base in bfloat16, float16 or float32"
-            )
-        return weight if isinstance(module, nn.Linear) else weight.t()
+    def row_norms(self, module: nn.Module) -> Tensor:
+        """‖W + scale B A‖ by rows, (out,), at least float32; of what a quantized weight stands for, too."""
+        own: Any = module.weight
+        down, up = (f.detach() for f in self.factors())
+        if not is_quantized(module):
+            weight = own.detach() if isinstance(module, nn.Linear) else own.detach().t()
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            squares = self._row_squares(own, wide, lambda: weight.to(wide).square().sum(1))
+            return functional.row_norms(weight, squares, down, up, self.scale)
+        squares = self._row_squares(own, torch.float32, lambda: weights_of(module).read()["weight"].square().sum(1))
+        # What the layer gives for the rows of A, less its bias, is the product that the norms need.
+        plain: Any = original_class(module).forward
+        rows = plain(module, down.to(torch.float32)).to(torch.float32)
+        bias = module._parameters.get("bias")
+        product = rows if bias is None else rows - bias.detach().to(torch.float32)
+        return functional.norms_from(squares, product.t(), down.to(torch.float32), up.to(torch.float32), self.scale)
 
     def row_factors(self, module: nn.Module) -> Tensor:
         """m / ‖W + scale B A‖, (out,); remembered in evaluation as long as no tensor changes."""
-        weight = self._turned(module, module.weight)
+        own: Any = module.weight
         magnitude = self.lora_magnitude_vector
 
         def make() -> Tensor:
             # Under autocast the squares of the norm would be products of rounded factors.
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                norms = functional.row_norms(weight, self._row_squares(weight), *self.factors(), self.scale)
+            with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
+                norms = self.row_norms(module)
             return magnitude / norms.to(magnitude.dtype)
 
-        sources = (weight, self.lora_A, self.lora_B, magnitude)
+        sources = (own, self.lora_A, self.lora_B, magnitude)
         made: Tensor = self._factors.get(self.training, magnitude.dtype, sources, make)
         return made
 
-    def _row_squares(self, weight: Tensor) -> Tensor:
+    def _row_squares(self, weight: Tensor, wide: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
         """‖W‖² by rows, (out,); the weight is frozen, so they are remembered in training too."""
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            made: Tensor = self._squares.get(False, wide, (weight,), lambda: weight.detach().to(wide).square().sum(1))
+            made: Tensor = self._squares.get(False, wide, (weight,), make)
         return made
 
     def forward(self, module: nn.Module, call: Callable[..., Any], x: Tensor) -> Tensor:
@@ -302,9 +306,7 @@ def initialise(adapter: Adapter, module: nn.Module, site: Site, cfg: LoRA) -> No
     if adapter.lora_bias is not None:
         nn.init.zeros_(adapter.lora_bias)
     if isinstance(adapter, DoraAdapter):
-        weight = adapter._turned(module, module._parameters["weight"]).detach()
-        norms = functional.row_norms(weight, adapter._row_squares(weight), *adapter.factors(), adapter.scale)
-        adapter.lora_magnitude_vector.copy_(norms)
+        adapter.lora_magnitude_vector.copy_(adapter.row_norms(module))
 
 
 def _orthogonal(adapter: LoraAdapter, rank: int) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from peftkit.errors import MergeError
 from peftkit.quantization import bnb, gptq, native, torchao
 from peftkit.quantization.base import BaseWeights, CodedWeights
-from peftkit.quantization.exchange import Former, exchange, put_back
+from peftkit.quantization.exchange import Former, exchange, original_class, put_back
 from peftkit.quantization.native import KINDS, Kind, QuantizedLinear
 from peftkit.quantization.plain import PlainWeights
 
@@ -62,6 +62,7 @@ __all__ = [
     "QuantizedLinear",
     "exchange",
     "is_quantized",
+    "original_class",
     "put_back",
     "weights_of",
 ]

@@ -25,6 +25,11 @@ class Former:
         return {n: p for n, p in self.storage["_parameters"].items() if p is not None}
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module has when no adapter is attached."""
+    return getattr(type(module), "_peftkit_original", type(module))
+
+
 def rebind(module: nn.Module, before: Any, after: Any) -> None:
     """Makes the bound forwards that accelerate's hooks leave on the instance those of another class."""
     for key in ("_old_forward", "forward"):
