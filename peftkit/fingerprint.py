@@ -7,6 +7,7 @@ each of float32, bfloat16 and float16; two models agree on a tensor when their d
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,18 +20,45 @@ from peftkit.sharding import gathered
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLE = 1 << 14
 """Elements of a tensor that enter the digest one by one; all of them enter a sum."""
+AT_A_TIME = 1 << 16
+"""Elements that are summed together on the CPU."""
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def _digest(tensor: Tensor) -> str:
     """16 hexadecimal digits: shape, dtype, the wrapping sum of all bit patterns, and evenly spaced elements."""
-    flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
-    step = max(1, bits.numel() // SAMPLE)
-    sample = bits[::step][:SAMPLE].cpu().numpy().tobytes()
-    text = f"{tuple(tensor.shape)} {tensor.dtype} {total}".encode()
-    return hashlib.sha256(text + sample).hexdigest()[:16]
+    running = Running(tuple(tensor.shape), tensor.dtype)
+    running.add(tensor.detach().contiguous().view(-1))
+    return running.digest()
+
+
+class Running:
+    """The digest of a tensor that is seen part by part.
+
+    Args:
+        shape: of the whole tensor.
+        dtype: in which it is seen.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._text = f"{shape} {dtype}"
+        self._step = max(1, math.prod(shape) // SAMPLE)
+        self._seen, self._total, self._sample = 0, 0, bytearray()
+
+    def add(self, flat: Tensor) -> None:
+        """Takes in the next elements, (n,)."""
+        bits = flat.view(_INTEGERS[flat.element_size()])
+        # torch sums integers of another width through a copy of 8 bytes an element: in parts that stay in the cache.
+        size = AT_A_TIME if flat.device.type == "cpu" else max(1, bits.numel())
+        self._total += sum(int(part.sum(dtype=torch.int64)) for part in bits.split(size))
+        sample = bits[-self._seen % self._step :: self._step].cpu().numpy().tobytes()
+        self._sample += sample[: SAMPLE * bits.element_size() - len(self._sample)]
+        self._seen += bits.numel()
+
+    def digest(self) -> str:
+        """16 hexadecimal digits; what was added so far is taken as the whole."""
+        total = (self._total + 2**63) % 2**64 - 2**63
+        return hashlib.sha256(f"{self._text} {total}".encode() + self._sample).hexdigest()[:16]
 
 
 def digests(tensor: Tensor, dtypes: tuple[str, ...] = tuple(DTYPES)) -> dict[str, str]:
