@@ -284,7 +284,8 @@ void few(const Tensor& x, const Weight& weight, const B* bias, const std::option
         rank, scale, found);
   }
   const F* second = up ? static_cast<const F*>(up->const_data_ptr()) : nullptr;
-  if (weight.columns % 8 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 ||
+  // The table of `multiply` is in half precision, which is too coarse for float32.
+  if (std::is_same_v<T, float> || weight.columns % 8 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 ||
       reinterpret_cast<uintptr_t>(weight.codes) % 4) {
     multiply_any<T, F, B><<<resident(x, rows * weight.rows), kThreads, 0, stream>>>(
         static_cast<const T*>(x.const_data_ptr()), weight.codes, weight.sizes, rows, weight.rows, weight.columns,

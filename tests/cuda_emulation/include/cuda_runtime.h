@@ -1,6 +1,7 @@
 // The part of CUDA's language and runtime that the sources use, on the CPU; see cuda_emulation.h.
 #pragma once
 
+#include <math.h>
 #include <cmath>
 #include <tuple>
 
@@ -11,11 +12,7 @@
 #define __host__
 #define __constant__
 #define __launch_bounds__(...)
-#define __CUDA_ARCH__ 900
-#define threadIdx (cuda_emulation::current().fiber->thread)
-#define blockIdx (cuda_emulation::current().block->index)
-#define blockDim (cuda_emulation::current().threads)
-#define gridDim (cuda_emulation::current().blocks)
+#define CUDA_EMULATION_ARCH 900
 
 struct alignas(8) float2 {
   float x, y;
@@ -43,11 +40,11 @@ inline void __syncthreads(cuda_emulation::Where where = cuda_emulation::Where::c
   cuda_emulation::barrier(where);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, cuda_emulation::Where where = cuda_emulation::Where::current()) {
-  cuda_emulation::meet(mask, 0, "__syncwarp", where);
+  cuda_emulation::meet(mask, nullptr, 0, "__syncwarp", where);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int by, cuda_emulation::Where where = cuda_emulation::Where::current()) {
-  const unsigned lane = cuda_emulation::current().fiber->number % 32;
+  const unsigned lane = cuda_emulation::number() % 32;
   return cuda_emulation::from_lane(mask, value, lane ^ static_cast<unsigned>(by), "__shfl_xor_sync", where);
 }
 template <class T>
@@ -56,20 +53,20 @@ T __shfl_sync(unsigned mask, T value, int source, cuda_emulation::Where where = 
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned by, cuda_emulation::Where where = cuda_emulation::Where::current()) {
-  const unsigned lane = cuda_emulation::current().fiber->number % 32;
+  const unsigned lane = cuda_emulation::number() % 32;
   return cuda_emulation::from_lane(mask, value, lane < by ? lane : lane - by, "__shfl_up_sync", where);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by, cuda_emulation::Where where = cuda_emulation::Where::current()) {
-  const unsigned lane = cuda_emulation::current().fiber->number % 32;
+  const unsigned lane = cuda_emulation::number() % 32;
   return cuda_emulation::from_lane(mask, value, lane + by > 31 ? lane : lane + by, "__shfl_down_sync", where);
 }
 inline unsigned __ballot_sync(unsigned mask, int set, cuda_emulation::Where where = cuda_emulation::Where::current()) {
-  const auto* values = cuda_emulation::meet(mask, set, "__ballot_sync", where);
+  const std::byte* values = cuda_emulation::meet(mask, &set, sizeof set, "__ballot_sync", where);
   unsigned found = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
     int other = 0;
-    if (mask >> lane & 1u) std::memcpy(&other, values[lane], sizeof other);
+    if (mask >> lane & 1u) std::memcpy(&other, values + cuda_emulation::kBrought * lane, sizeof other);
     found |= static_cast<unsigned>(other != 0) << lane;
   }
   return found;
@@ -118,6 +115,7 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+using std::isnan;
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }

@@ -12,6 +12,8 @@
 
 namespace torch::stable::accelerator {
 
+using DeviceIndex = int32_t;
+
 class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t) {}
