@@ -90,8 +90,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a complete safetensors file ({error}); get the file again") from None
 
 
-def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor]) -> None:
+def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor] | None) -> None:
     """Writes a whole adapter folder in one step; foreign files and subfolders that lie in it are kept.
+
+    Args:
+        files: content by name.
+        tensors: of the adapter's safetensors file; None: there is none to write.
 
     Raises:
         CheckpointError: the path is a file, or the disk refuses; the old folder is as it was.
@@ -106,13 +110,14 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
             os.rename(previous_of(folder), folder)  # a writer died between two renames
         _remove_abandoned(folder)
         fresh.mkdir()
-        safetensors.torch.save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
-        _sync(fresh / WEIGHTS)
+        if tensors is not None:
+            safetensors.torch.save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
+            _sync(fresh / WEIGHTS)
         for name, content in files.items():
             (fresh / name).write_bytes(content)
             _sync(fresh / name)
         if folder.is_dir():
-            _link_foreign(folder, fresh, {WEIGHTS, *files})
+            _link_foreign(folder, fresh, {*files, *([] if tensors is None else [WEIGHTS])})
         _sync(fresh)
         inside = _working_directory_below(folder)
         _put_in_place(fresh, folder)
