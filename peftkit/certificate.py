@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from peftkit.errors import CheckpointError, MergeError
 
 if TYPE_CHECKING:
@@ -82,6 +85,11 @@ class MergeReport:
     def total_effect(self) -> float:
         """The effect kept of all changes taken together as one vector; 1.0 without any change."""
         return self._total(lambda s: s.effect_kept * s.delta_norm**2, 1.0)
+
+    @property
+    def kept(self) -> float:
+        """The effect kept in total, on calibration inputs where they were given; what `minimum_effect` is about."""
+        return self._total(lambda s: kept_at(s) * s.delta_norm**2, 1.0)
 
     @property
     def total_error(self) -> float:
@@ -171,6 +179,71 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return lines
+
+
+@torch.no_grad()
+def compared(before: Tensor, meant: Tensor, after: Tensor, changed: int) -> Stored:
+    """What of a change is stored, where that takes another form than the weight before.
+
+    Args:
+        before: float32 or float64, any shape.
+        meant: the same.
+        after: what is stored, in the same dtype.
+        changed: number of stored elements that changed.
+    """
+    from peftkit_kernels import Stored
+
+    delta, found = meant - before, after - before
+
+    def total(a: Tensor, b: Tensor) -> float:
+        return float((a * b).sum(dtype=torch.float64))
+
+    def broken(value: Tensor) -> int:
+        return int(value.numel() - torch.isfinite(value).sum())
+
+    error = found - delta
+    return Stored(
+        weight_square=total(before, before),
+        delta_square=total(delta, delta),
+        error_square=total(error, error),
+        product=total(found, delta),
+        changed=changed,
+        elements=before.numel(),
+        not_finite_before=broken(before),
+        not_finite_meant=broken(meant),
+        not_finite_after=broken(after),
+    )
+
+
+@torch.no_grad()
+def on_inputs(site: SiteMerge, before: Tensor, meant: Tensor, after: Tensor, gram: Tensor) -> SiteMerge:
+    """The facts with those on calibration inputs X added.
+
+    Args:
+        before: (out, in), float32, as are `meant` and `after`.
+        gram: (in, in), XᵀX.
+    """
+    delta, error = meant - before, after - meant
+    through = delta @ gram
+    size = float((through * delta).sum(dtype=torch.float64))
+    wrong = float(((error @ gram) * error).sum(dtype=torch.float64))
+    product = float((through * error).sum(dtype=torch.float64))
+    return dataclasses.replace(
+        site,
+        activation_error=math.sqrt(max(wrong, 0.0) / size) if size > 0 else 0.0,
+        activation_effect=1 + product / size if size > 0 else 1.0,
+    )
+
+
+@torch.no_grad()
+def to_original(site: SiteMerge, before: Tensor, meant: Tensor, after: Tensor, original: Tensor) -> SiteMerge:
+    """The facts with the error to the original weight and the change added.
+
+    Args:
+        original: (out, in), the weight before it was quantized.
+    """
+    wrong = (after - (original.to(after) + (meant - before))).norm()
+    return dataclasses.replace(site, original_error=float(wrong) / site.delta_norm if site.delta_norm else 0.0)
 
 
 def measured(path: str, name: str, dtype: str, found: Stored) -> SiteMerge:

@@ -20,7 +20,7 @@ from peftkit.quantization import original_class
 from peftkit.sharding import gathered
 from peftkit.spec import METADATA_PREFIX, Method, PeftFormat, State
 from peftkit.whole import WholeModule
-from peftkit.wrap import adapters_of, attach, check_name, is_wrapped, record_of, state_of, step_sites
+from peftkit.wrap import adapters_of, attach, check_name, is_wrapped, record_of, replaced_by_merge, state_of, step_sites
 
 M = TypeVar("M", bound=nn.Module)
 Ignorable = Literal["missing", "unexpected", "base"]
@@ -88,7 +88,7 @@ def origin_of(model: nn.Module, name: str) -> dict[str, Any]:
         left_out = [s.path for s in record.plans[name].extras]
         origin["base"] = {
             "class": backbones_class(model),
-            "tensors": fingerprint.fingerprint(fingerprint.base_tensors(model, record.backups, left_out)),
+            "tensors": fingerprint.fingerprint(fingerprint.base_tensors(model, replaced_by_merge(record), left_out)),
         }
         record.provenance[name] = origin
     return origin
@@ -442,7 +442,7 @@ def _check_base(model: nn.Module, planned: Plan, provenance: Mapping[str, Any], 
         raise CheckpointError(
             f"{source / folder.PROVENANCE}: base.tensors is not an object of digests; get the file again"
         )
-    backups = record_of(model).backups if is_wrapped(model) else {}
+    backups = replaced_by_merge(record_of(model)) if is_wrapped(model) else {}
     tensors = fingerprint.base_tensors(model, backups, [s.path for s in planned.extras])
     wrong = fingerprint.differences(tensors, stored)
     if wrong:

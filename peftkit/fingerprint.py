@@ -18,6 +18,8 @@ from peftkit import targets
 from peftkit.sharding import gathered
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODES = "codes"
+"""Stands for the dtype of a quantized weight."""
 SAMPLE = 1 << 14
 """Elements of a tensor that enter the digest one by one; all of them enter a sum."""
 AT_A_TIME = 1 << 16
@@ -86,10 +88,22 @@ def base_tensors(
     return found
 
 
+def _in_codes(tensor: Tensor) -> bool:
+    """Whether a tensor holds a weight in codes, whose bits depend on how a package lays them out."""
+    return not tensor.is_floating_point() or type(tensor.data).__module__.startswith("torchao.")
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{"dtype": of each tensor, "digests": of each tensor by dtype}, plain values; meta tensors are left out."""
-    kept = {n: t for n, t in tensors.items() if not t.is_meta and t.is_floating_point()}
-    return {n: {"dtype": str(t.dtype).removeprefix("torch."), **digests(t)} for n, t in sorted(kept.items())}
+    """{"dtype": of each tensor, and its digests by dtype}, plain values; meta tensors are left out.
+
+    Tensors in codes are named and have no digest: an adapter that was trained beside them is used beside the weights
+    that were quantized, too.
+    """
+    kept = {n: t for n, t in sorted(tensors.items()) if not t.is_meta}
+    return {
+        n: {"dtype": CODES} if _in_codes(t) else {"dtype": str(t.dtype).removeprefix("torch."), **digests(t)}
+        for n, t in kept.items()
+    }
 
 
 def differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[str]:
@@ -104,7 +118,7 @@ def differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> lis
         if known is None:
             wrong.append(name)
             continue
-        if tensor.is_meta or not tensor.is_floating_point():
+        if tensor.is_meta or _in_codes(tensor) or known.get("dtype") == CODES:
             continue
         own = str(tensor.dtype).removeprefix("torch.")
         asked = tuple(d for d in DTYPES if d in (own, known.get("dtype"))) or ("float32",)

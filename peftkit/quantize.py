@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +60,7 @@ def quantize(
         raise BackboneError("there is no projection to quantize; loosen target_modules or exclude_modules")
     for module in chosen.values():
         exchange(module, fresh_layer(module, kind, settings))
-    _declare(model, kind, settings, [n for n, m in projections(model).items() if not isinstance(m, QuantizedLinear)])
+    declare(model)
     return model
 
 
@@ -118,30 +118,62 @@ def fresh_layer(
     if weight is None:
         weight = own.weight.detach() if isinstance(module, nn.Linear) else own.weight.detach().t()
     bias = None if own.bias is None else own.bias.detach()
-    return QuantizedLinear.of(weight, bias, kind=kind, **{"dtype": weight.dtype, **settings})
+    conv1d = not isinstance(module, nn.Linear)
+    return QuantizedLinear.of(weight, bias, kind=kind, **{"dtype": weight.dtype, "conv1d": conv1d, **settings})
 
 
 # transformers -------------------------------------------------------------------------------------------------------
 
 
-def _declare(model: nn.Module, kind: Kind, settings: dict[str, Any], left: list[str]) -> None:
-    """Makes a transformers model say how it is quantized, so that it is saved and loaded as such."""
-    if getattr(getattr(model, "config", None), "model_type", None) is None:
+_DECLARED = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) is not None
+
+
+def declare(model: nn.Module) -> None:
+    """Makes a transformers model say how its layers are quantized, so that it is saved and loaded as such."""
+    layers = {path: module for path, module in projections(model).items() if isinstance(module, QuantizedLinear)}
+    if not _is_transformers(model) or not layers:
         return
     config_class, quantizer_class = _registered()
+    first = next(iter(layers.values()))
     own: Any = model
-    own.config.quantization_config = config_class(kind=kind, left=left, **settings)
+    own.config.quantization_config = config_class(
+        kind=first.kind,
+        left=[path for path in projections(model) if path not in layers],
+        residual={p: m.residual_down.shape[0] for p, m in layers.items() if m.residual_down is not None},
+        **({"dynamic": first.dynamic} if first.kind == "int8" else {"block": first.block, "nested": first.nested}),
+    )
     own.hf_quantizer = quantizer_class(own.config.quantization_config)
     own.is_quantized, own.quantization_method = True, METHOD
 
 
+def declaration(model: nn.Module) -> dict[str, Any]:
+    """What a transformers model says of its quantization now, for `redeclare`."""
+    found = {name: model.__dict__[name] for name in _DECLARED if name in model.__dict__}
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        found["quantization_config"] = config.quantization_config
+    return found
+
+
+def redeclare(model: nn.Module, said: Mapping[str, Any]) -> None:
+    """Makes a transformers model say of its quantization what it said before."""
+    undeclare(model)
+    config: Any = getattr(model, "config", None)
+    for name, value in said.items():
+        setattr(config if name == "quantization_config" else model, name, value)
+
+
 def undeclare(model: nn.Module) -> None:
     """Takes back what a transformers model says of its quantization, whoever quantized it."""
-    own: Any = model
-    if getattr(own, "is_quantized", False) and hasattr(own, "hf_quantizer"):
-        own.hf_quantizer.remove_quantization_config(own)
-    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        own.__dict__.pop(name, None)
+    for name in _DECLARED:
+        model.__dict__.pop(name, None)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def load_quantized(path: str | os.PathLike[str], cls: Any = None, **kwargs: Any) -> Any:
@@ -186,9 +218,15 @@ def _registered() -> tuple[type[Any], type[Any]]:
     class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
         """How a model was quantized by peftkit."""
 
-        def __init__(self, kind: Kind = "nf4", left: Sequence[str] = (), **settings: Any) -> None:
+        def __init__(
+            self,
+            kind: Kind = "nf4",
+            left: Sequence[str] = (),
+            residual: Mapping[str, int] | None = None,
+            **settings: Any,
+        ) -> None:
             self.quant_method = METHOD
-            self.kind, self.left = kind, list(left)
+            self.kind, self.left, self.residual = kind, list(left), dict(residual or {})
             settings.pop("quant_method", None)
             for name, value in checked(kind, **settings).items():
                 setattr(self, name, value)
@@ -197,6 +235,7 @@ def _registered() -> tuple[type[Any], type[Any]]:
         def to_dict(self) -> dict[str, Any]:
             """Plain values, for config.json."""
             own = {name: getattr(self, name) for name in self.names}
+            own["residual"] = self.residual
             return {"quant_method": METHOD, "kind": self.kind, "left": self.left, **own}
 
     @register_quantizer(METHOD)
@@ -209,8 +248,9 @@ def _registered() -> tuple[type[Any], type[Any]]:
             dtype = kwargs.get("dtype") or model.dtype
             for path, module in projections(model).items():
                 if path not in given.left:
+                    found = {**settings, "dtype": dtype, "residual_rank": given.residual.get(path, 0)}
                     with torch.device("meta"):
-                        exchange(module, fresh_layer(module, given.kind, {**settings, "dtype": dtype}))
+                        exchange(module, fresh_layer(module, given.kind, found))
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             """Codes and scales are ordinary tensors."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from peftkit.quantization.exchange import original_class, rebind
+from peftkit.quantization.exchange import original_class as original_class
+from peftkit.quantization.exchange import rebind
 from peftkit.spec import Adapter
 
 CHILD = "peftkit"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import backbones, swap
+from peftkit.conversion import Conversion, undo
 from peftkit.errors import ConfigError, StateError, TargetError, nearest
 from peftkit.plan import Plan, plan
 from peftkit.spec import Adapter, Site, State, adapter_dtype
@@ -38,11 +39,19 @@ class Record:
     """The backbone's flags before wrapping."""
     backups: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Parameters before merging, by module path; empty when nothing is merged."""
+    conversion: Conversion | None = None
+    """What modules were before a merge gave them other storage."""
     merged: tuple[str, ...] = ()
     resumed: tuple[str, ...] = ()
     """Adapters that were active before merging, and are again after it."""
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What is known of an adapter's origin, by adapter name."""
+
+
+def replaced_by_merge(record: Record) -> dict[str, dict[str, Tensor]]:
+    """The parameters that a merge replaced, as they were, by module path and name."""
+    converted = record.conversion.parameters() if record.conversion is not None else {}
+    return {**record.backups, **converted}
 
 
 def record_of(model: nn.Module) -> Record:
@@ -408,7 +417,9 @@ def restore(model: nn.Module) -> None:
             own = modules[path]._parameters[key]
             assert own is not None
             own.data.copy_(value)
-    record.merged, record.backups = (), {}
+    if record.conversion is not None:
+        undo(model, record.conversion)
+    record.merged, record.backups, record.conversion = (), {}, None
     activate(model, *record.resumed)
 
 

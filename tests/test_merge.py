@@ -168,7 +168,13 @@ def test_report_shows_when_bfloat16_erases_a_small_adapter():
     with torch.no_grad():
         for _, adapter in adapters_of(model, "default"):
             adapter.lora_B.mul_(1e-4)
-    report = peftkit.merge(model)
+    before = picture(model)
+    with pytest.raises(MergeError, match=r"only \d.* would be stored .* minimum_effect=0\.9; the model is left"):
+        peftkit.merge(model)
+    after = picture(model)
+    for aspect in before:
+        assert after[aspect] == before[aspect], aspect
+    report = peftkit.merge(model, minimum_effect=0)
     assert report.effect_kept < 0.9
     assert report.error_relative > 0.9
 

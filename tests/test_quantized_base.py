@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 import peftkit
+from peftkit.errors import BaseMismatchError
 from peftkit.quantization import QuantizedLinear, exchange, is_quantized, weights_of
 from peftkit.wrap import adapters_of
 
@@ -80,8 +81,8 @@ STORAGES: dict[str, Callable[[nn.Linear], nn.Module]] = {
 }
 
 
-def quantized(storage: str) -> nn.Module:
-    """A tiny Qwen2, which has biases, with a classification head; the projections of its blocks quantized."""
+def plain() -> Any:
+    """A tiny Qwen2, which has biases, with a classification head."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=64,
@@ -93,7 +94,12 @@ def quantized(storage: str) -> nn.Module:
         num_labels=2,
         pad_token_id=0,
     )
-    model = transformers.Qwen2ForSequenceClassification(config).to(torch.bfloat16).eval()
+    return transformers.Qwen2ForSequenceClassification(config).to(torch.bfloat16).eval()
+
+
+def quantized(storage: str) -> nn.Module:
+    """The same with the projections of its blocks quantized."""
+    model: nn.Module = plain()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and "layers" in name:
             parent, _, child = name.rpartition(".")
@@ -168,3 +174,19 @@ def test_dora_takes_the_norms_of_what_the_codes_stand_for(storage: str) -> None:
                 found = mine.row_norms(model.get_submodule(path))
                 expected = other.row_norms(plain.get_submodule(path))
                 assert torch.allclose(found, expected, rtol=2**-6), path
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_adapter_of_a_quantized_base_is_saved_and_loaded_on_it_and_on_the_original(storage: str, tmp_path: Any) -> None:
+    model = peftkit.wrap(quantized(storage), peftkit.LoRA(init_lora_weights=False))
+    peftkit.save(model, tmp_path)
+    again = peftkit.load(quantized(storage), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs()).logits, model(**inputs()).logits)
+    other = plain()
+    peftkit.load(other, tmp_path)
+    with torch.no_grad():
+        other.model.embed_tokens.weight[0, 0] += 1
+    peftkit.unwrap(other)
+    with pytest.raises(BaseMismatchError, match=r"model\.embed_tokens\.weight"):
+        peftkit.load(other, tmp_path)

@@ -31,6 +31,11 @@ class BaseWeights(Protocol):
         """What the weight stands for: its dtype, or that from which it was quantized."""
         ...
 
+    @property
+    def conv1d(self) -> bool:
+        """Whether the module is a Conv1D of transformers, or took the place of one."""
+        ...
+
     def read(self) -> dict[str, Tensor]:
         """Parameters by name in float32 (float64 stays), weights of projections as (out, in). Copies."""
         ...
@@ -77,6 +82,11 @@ class CodedWeights:
         """What the weight was quantized from, as far as the module knows."""
         bias = self.module._parameters.get("bias")
         return bias.dtype if bias is not None else torch.bfloat16
+
+    @property
+    def conv1d(self) -> bool:
+        """Whether the module took the place of a Conv1D; transformers notes that on bitsandbytes' layers."""
+        return getattr(getattr(self.module, "source_cls", None), "__name__", "") == "Conv1D"
 
     def weight(self) -> Tensor:
         """The weight that the codes stand for, (out, in), float32."""

@@ -65,7 +65,8 @@ class FourBit(CodedWeights):
     def layer(self) -> QuantizedLinear:
         """The same codes and scales in peftkit's layer."""
         state = self._state
-        scales = {"absmax": state.absmax.reshape(-1)}
+        sizes = state.absmax.reshape(-1)
+        scales = {"absmax": sizes if state.nested else sizes.to(torch.float32)}
         if state.nested:
             scales |= {"nested_absmax": state.state2.absmax.reshape(-1), "nested_offset": state.offset}
         return QuantizedLinear.holding(
@@ -76,6 +77,7 @@ class FourBit(CodedWeights):
             block=state.blocksize,
             bias=_shift(self.module),
             dtype=state.dtype,
+            conv1d=self.conv1d,
         )
 
     def holding(self, layer: QuantizedLinear) -> nn.Module:
@@ -142,7 +144,7 @@ class EightBit(CodedWeights):
         """The same codes in peftkit's layer, which rounds no inputs to 8 bits."""
         return QuantizedLinear.holding(
             self._codes, {"scale": self._sizes.float() / 127}, kind="int8", shape=tuple(self._codes.shape),
-            bias=_shift(self.module), dtype=self.dtype,
+            bias=_shift(self.module), dtype=self.dtype, conv1d=self.conv1d,
         )  # fmt: skip
 
     def holding(self, layer: QuantizedLinear) -> nn.Module:

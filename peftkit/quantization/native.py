@@ -51,6 +51,7 @@ class QuantizedLinear(nn.Linear):
         bias: bool = False,
         residual_rank: int = 0,
         dtype: torch.dtype = torch.bfloat16,
+        conv1d: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         """Empty storage of the right sizes.
@@ -61,13 +62,14 @@ class QuantizedLinear(nn.Linear):
             dynamic: int8 quantizes the rows of its input too, which is faster for many rows and less exact.
             residual_rank: rank of the part of W beside the codes.
             dtype: what W was quantized from; of the bias, and of W dequantized.
+            conv1d: W was in a Conv1D of transformers, and goes back into one.
         """
         nn.Module.__init__(self)
         if kind not in KINDS:
             raise ConfigError(f"kind is {kind!r}; expected {', '.join(KINDS)}")
         self.in_features, self.out_features = in_features, out_features
         self.kind, self.block, self.dynamic, self.dtype = kind, block, dynamic, dtype
-        self.nested = nested and kind != "int8"
+        self.nested, self.conv1d = nested and kind != "int8", conv1d
         count = in_features * out_features
 
         def held(name: str, *shape: int, of: torch.dtype = torch.float32) -> None:
@@ -126,6 +128,7 @@ class QuantizedLinear(nn.Linear):
         residual: tuple[Tensor, Tensor] | None = None,
         dynamic: bool = False,
         dtype: torch.dtype = torch.bfloat16,
+        conv1d: bool = False,
     ) -> QuantizedLinear:
         """A layer with these codes and scales, not copied.
 
@@ -139,7 +142,7 @@ class QuantizedLinear(nn.Linear):
         rank = residual[0].shape[0] if residual is not None else 0
         made = cls(
             inside, out, kind=kind, block=block, nested="nested_absmax" in scales, dynamic=dynamic, device="meta",
-            bias=bias is not None, residual_rank=rank, dtype=dtype,
+            bias=bias is not None, residual_rank=rank, dtype=dtype, conv1d=conv1d,
         )  # fmt: skip
         made.weight = nn.Parameter(codes, requires_grad=False)
         for name, value in scales.items():
@@ -339,6 +342,11 @@ class NativeWeights(CodedWeights):
         """What the weight was quantized from."""
         return self._own.dtype
 
+    @property
+    def conv1d(self) -> bool:
+        """Whether the weight was in a Conv1D."""
+        return self._own.conv1d
+
     def weight(self) -> Tensor:
         """(out, in), float32, the low-rank part included."""
         found = self._own.dequantized(torch.float32)
@@ -360,7 +368,7 @@ class NativeWeights(CodedWeights):
         )
         return QuantizedLinear.holding(
             own.weight.data, scales, kind=own.kind, shape=(own.out_features, own.in_features), block=own.block,
-            bias=own.bias, residual=residual, dynamic=own.dynamic, dtype=own.dtype,
+            bias=own.bias, residual=residual, dynamic=own.dynamic, dtype=own.dtype, conv1d=own.conv1d,
         )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ class PlainWeights:
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters: dict[str, Tensor] = {n: p for n, p in module._parameters.items() if p is not None}
-        self._transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+        self.conv1d = type(module).__name__ == "Conv1D"
+        self._transposed = isinstance(module, nn.Embedding) or self.conv1d
 
     @property
     def dtype(self) -> torch.dtype:
