@@ -51,3 +51,32 @@ def deltas(model: nn.Module) -> dict[str, Tensor]:
             turned = isinstance(modules[path], nn.Embedding) or "Conv1D" in str(type(modules[path]).__mro__)
             found[path] = change.T if turned else change
     return found
+
+
+def converted(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of a Llama by llama.cpp's names, as its converter writes them."""
+    config = model.config
+
+    def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+        return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+    state = {n: p.detach().double() for n, p in model.named_parameters(remove_duplicate=False) if "peftkit" not in n}
+    found = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output.weight": state["lm_head.weight"],
+        "output_norm.weight": state["model.norm.weight"],
+    }
+    for i in range(config.num_hidden_layers):
+        old, new = f"model.layers.{i}.", f"blk.{i}."
+        for theirs, ours in (
+            ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"), ("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj"),
+            ("ffn_down", "mlp.down_proj"), ("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+        ):  # fmt: skip
+            weight = state[f"{old}{ours}.weight"]
+            if theirs == "attn_q":
+                weight = permute(weight, config.num_attention_heads)
+            if theirs == "attn_k":
+                weight = permute(weight, config.num_key_value_heads)
+            found[f"{new}{theirs}.weight"] = weight
+    return found

@@ -1,20 +1,25 @@
 """GGUF LoRAs: read with gguf's own reader, applied by a llama that computes as llama.cpp does, compared by logits.
 
-llama.cpp itself is not installed here. Its arithmetic is written down a second time below, from its sources: the scale
-(src/llama-adapter.h), the shapes that are checked when an adapter is loaded (src/llama-adapter.cpp), the rows that the
-base's converter moves (conversion/llama.py), and the rotation of neighbouring rows that goes with them.
+llama.cpp's arithmetic is written down a second time here, from its sources: the scale (src/llama-adapter.h), the shapes
+that are checked when an adapter is loaded (src/llama-adapter.cpp), the rows that the base's converter moves
+(conversion/llama.py), and the rotation of neighbouring rows that goes with them. Where llama.cpp itself is installed,
+it is asked too.
 """
 
 from __future__ import annotations
 
 import builtins
+import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from exported import deltas, load_base, save_base, trained
+from exported import converted, deltas, load_base, save_base, trained
 from tiny import batch, built, logits
 from torch import nn
 
@@ -72,35 +77,6 @@ def updates(file: Path) -> dict[str, torch.Tensor]:
             continue
         assert a.shape[0] == rank
         found[name] = scale * b @ a
-    return found
-
-
-def converted(model) -> dict[str, torch.Tensor]:
-    """The weights of a Llama by llama.cpp's names, as its converter writes them."""
-    config = model.config
-
-    def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-        return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-    state = {n: p.detach().double() for n, p in model.named_parameters(remove_duplicate=False) if "peftkit" not in n}
-    found = {
-        "token_embd.weight": state["model.embed_tokens.weight"],
-        "output.weight": state["lm_head.weight"],
-        "output_norm.weight": state["model.norm.weight"],
-    }
-    for i in range(config.num_hidden_layers):
-        old, new = f"model.layers.{i}.", f"blk.{i}."
-        for theirs, ours in (
-            ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
-            ("attn_output", "self_attn.o_proj"), ("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj"),
-            ("ffn_down", "mlp.down_proj"), ("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
-        ):  # fmt: skip
-            weight = state[f"{old}{ours}.weight"]
-            if theirs == "attn_q":
-                weight = permute(weight, config.num_attention_heads)
-            if theirs == "attn_k":
-                weight = permute(weight, config.num_key_value_heads)
-            found[f"{new}{theirs}.weight"] = weight
     return found
 
 
@@ -165,6 +141,88 @@ def test_llama_cpp_computes_the_same(label, llama, tmp_path):
     # float32 on one side; sums of products in another order.
     assert float((found - expected).abs().max()) <= 3e-6 * max(1.0, float(expected.abs().max()))
     assert float((expected - logits("llama", load_base("llama", llama))[0]).abs().max()) > 1e-2
+
+
+# Loads the base and an adapter into llama.cpp and prints the log-probabilities after a prompt.
+ASK = """
+import json, sys
+import xllamacpp
+
+folder, label, prompt = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.warmup, params.cpuparams.n_threads = f"{folder}/base.gguf", 64, False, 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+if label:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = f"{folder}/{label}.gguf", 1.0
+    params.lora_adapters = [adapter]
+server = xllamacpp.Server(params)
+answer = server.handle_completions({"prompt": prompt, "n_predict": 1, "temperature": 0.0, "logprobs": 48})
+answer = json.loads(answer) if isinstance(answer, str) else answer
+found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+print("ANSWER", json.dumps({entry["id"]: entry["logprob"] for entry in found}))
+"""
+PROMPT = [5, 17, 33, 9, 41, 12, 7, 20, 3, 44]
+
+
+def write_base(file: Path, model) -> None:
+    """The whole tiny Llama as a GGUF model, with a vocabulary of made-up pieces."""
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"p{i:02}" for i in range(3, config.vocab_size))])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, weight in converted(model).items():
+        writer.add_tensor(name, weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def ask(folder: Path, label: str) -> torch.Tensor:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, str(folder), label, json.dumps(PROMPT)], capture_output=True, text=True, timeout=120
+    )
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith("ANSWER ")] or pytest.fail(done.stderr[-2000:])
+    found = {int(k): v for k, v in json.loads(line.removeprefix("ANSWER ")).items()}
+    return torch.tensor([found[i] for i in range(48)], dtype=torch.float64)
+
+
+def test_llama_cpp_itself_computes_the_same(llama, tmp_path):
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("the package xllamacpp, which brings llama.cpp, is not installed")
+
+    def expected(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([PROMPT])).logits[0, -1].double().log_softmax(-1)
+
+    base = load_base("llama", llama)
+    write_base(tmp_path / "base.gguf", base)
+    without = expected(base)
+    # Sums of products in float32 on both sides, ordered differently.
+    assert float((ask(tmp_path, "") - without).abs().max()) <= 1e-5
+    for label in ("patterns", "pissa", "embedding", "output"):
+        model = trained(load_base("llama", llama), CONFIGS[label])
+        export(model, tmp_path / f"{label}.gguf", to="gguf")
+        meant = expected(model)
+        assert float((ask(tmp_path, label) - meant).abs().max()) <= 1e-5, label
+        assert float((meant - without).abs().max()) > 0.1
 
 
 def test_file_says_what_llama_cpp_asks_for(llama, tmp_path):
