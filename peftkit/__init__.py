@@ -25,6 +25,7 @@ from peftkit.methods.ptuning import PTuning
 from peftkit.methods.vera import VeRA
 from peftkit.plan import Plan, plan
 from peftkit.quantize import load_quantized, quantize
+from peftkit.shards import merge_shards
 from peftkit.wrap import activate, disabled, unwrap, wrap
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "load_quantized",
     "merge",
     "merge_and_unload",
+    "merge_shards",
     "plan",
     "quantize",
     "save",

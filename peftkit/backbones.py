@@ -383,7 +383,11 @@ _TASKS = (
 
 def task_type(model: nn.Module) -> str | None:
     """The task that a transformers class is made for, in peft's spelling; None for other classes."""
-    name = type(model).__name__
+    return task_of(type(model).__name__)
+
+
+def task_of(name: str) -> str | None:
+    """The task that a transformers class of this name is made for, in peft's spelling; None for other names."""
     return next((task for suffix, task in _TASKS if name.endswith(suffix)), None)
 
 

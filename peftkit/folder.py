@@ -120,7 +120,7 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
             _link_foreign(folder, fresh, {*files, *([] if tensors is None else [WEIGHTS])})
         _sync(fresh)
         inside = _working_directory_below(folder)
-        _put_in_place(fresh, folder)
+        put_in_place(fresh, folder)
         if inside is not None:
             os.chdir(inside)
         with contextlib.suppress(OSError):  # the new folder is in place; only its entry may not be on the disk yet
@@ -176,7 +176,7 @@ def _link(source: str, destination: str, **_: Any) -> str:
     return destination
 
 
-def _put_in_place(fresh: Path, folder: Path) -> None:
+def put_in_place(fresh: Path, folder: Path) -> None:
     """After this, `folder` is the new one and `fresh` holds the old one, or nothing."""
     if not folder.exists():
         os.rename(fresh, folder)
