@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="no C+
 
 def environment(folder):
     """Of a process that runs emulated code."""
-    library = cuda_emulation.sanitizer_library()
+    libraries = cuda_emulation.sanitizer_libraries()
     paths = [
         str(Path(__file__).parent),
         *(p for p in sys.path if p.endswith("kernels")),
@@ -48,7 +48,7 @@ def environment(folder):
         "PEFTKIT_NATIVE": "auto",
         "PYTHONPATH": os.pathsep.join(paths),
         "ASAN_OPTIONS": ":".join(f"{name}={value}" for name, value in options.items()),
-        **({"LD_PRELOAD": library} if library else {}),
+        **({"LD_PRELOAD": ":".join(libraries)} if libraries else {}),
     }
 
 
@@ -62,7 +62,7 @@ def ran(tmp_path_factory):
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not results.exists():
-            cuda_emulation.build(cuda_emulation.with_cuda(), folder, bool(cuda_emulation.sanitizer_library()))
+            cuda_emulation.build(cuda_emulation.with_cuda(), folder, bool(cuda_emulation.sanitizer_libraries()))
             results.write_text(json.dumps(run(folder)))
     return json.loads(results.read_text())
 
@@ -116,12 +116,14 @@ SANITIZED = {"outside_shared": "AddressSanitizer: heap-buffer-overflow", "not_al
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     """A program of kernels with one fault each."""
-    return cuda_emulation.program("faults", tmp_path_factory.mktemp("faults"), bool(cuda_emulation.sanitizer_library()))
+    return cuda_emulation.program(
+        "faults", tmp_path_factory.mktemp("faults"), bool(cuda_emulation.sanitizer_libraries())
+    )
 
 
 @pytest.mark.parametrize("name", [*FAULTS, *SANITIZED])
 def test_emulation_finds(name, faults):
-    if name in SANITIZED and cuda_emulation.sanitizer_library() is None:
+    if name in SANITIZED and not cuda_emulation.sanitizer_libraries():
         pytest.skip("the compiler has no address sanitizer")
     env = {k: v for k, v in environment(faults.parent).items() if k != "LD_PRELOAD"}
     done = subprocess.run([faults, name], env=env, capture_output=True, text=True, timeout=60, check=False)

@@ -23,7 +23,7 @@ FLAGS = ("-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-ftls-model=init
 SANITIZERS = ("-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all")
 _SHARED = re.compile(r"__shared__\s+([\w:]+)\s+(\w+)((?:\[[^\]]+\])*);")
 _PLACE = re.compile(r"(?<![.>])\b(threadIdx|blockIdx|blockDim|gridDim)\.")
-_LAUNCH = re.compile(r"(\b[A-Za-z_]\w*(?:<[^<>]*>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
+_LAUNCH = re.compile(r"((?:\b\w+::)*\b[A-Za-z_]\w*(?:<[^<>]*>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
 
 
 def compiler() -> str | None:
@@ -34,14 +34,22 @@ def compiler() -> str | None:
         return None
 
 
-def sanitizer_library() -> str | None:
-    """What has to be loaded before a Python that loads sanitized code; None where the compiler has no sanitizers."""
+def sanitizer_libraries() -> list[str]:
+    """What has to be loaded before a Python that loads sanitized code; nothing where the compiler has no sanitizers.
+
+    With the C++ library, whose exceptions the sanitizer has to find when it starts.
+    """
     command = compiler()
     if command is None or platform.system() != "Linux":
-        return None
-    said = subprocess.run([command, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
-    path = Path(said.stdout.strip())
-    return str(path) if said.returncode == 0 and path.is_absolute() and path.exists() else None
+        return []
+    found = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        said = subprocess.run([command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+        path = Path(said.stdout.strip())
+        if said.returncode or not path.is_absolute() or not path.exists():
+            return []
+        found.append(str(path))
+    return found
 
 
 def translated(source: str, name: str) -> str:
@@ -118,8 +126,12 @@ def _started(op: str, folder: Path, scheduler: Path, sanitized: bool) -> subproc
     source = OPS[op].unit.sources["cuda"]
     plain = folder / f"{op}.cpp"
     plain.write_text(on_cpu(source.read_text(), source.name))
+    shared = Path(_build.__file__).parent / _build.SHARED
+    for header in shared.glob("*.h"):
+        if "threadIdx" in header.read_text():
+            (folder / header.name).write_text(translated(header.read_text(), header.name))
     root = Path(torch.__file__).parent
-    includes = [HERE / "include", Path(_build.__file__).parent / _build.SHARED, root / "include"]
+    includes = [HERE / "include", folder, shared, root / "include"]
     line = [
         *(str(compiler()), "-std=c++20", "-O0", "-shared", *FLAGS, f"-DTORCH_TARGET_VERSION={_build.TARGET}"),
         *(SANITIZERS if sanitized else ()),

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     command, folder, *ops = arguments
     names = ops or cuda_emulation.with_cuda()
     if command == "build":
-        cuda_emulation.build(names, Path(folder), bool(cuda_emulation.sanitizer_library()))
+        cuda_emulation.build(names, Path(folder), bool(cuda_emulation.sanitizer_libraries()))
         return 0
     torch.set_num_threads(1)
     for name in names:

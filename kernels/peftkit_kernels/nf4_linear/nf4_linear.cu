@@ -1,173 +1,29 @@
 // A linear layer whose weight is in NF4, with a low-rank update, on a GPU; see reference.py for the definition.
 //
-// Up to 16 rows: a warp takes two rows of the weight, looks two codes up at a time in shared memory, where each lane has a
-// table of its own, and multiplies in float; x down' is computed before by a small kernel. More rows: the weight is
-// dequantized into a scratch and cuBLAS multiplies; update and bias are further columns of the factors, so that the result
-// is rounded once.
+// Up to 16 rows: see peftkit_nf4.h. More rows: the weight is dequantized into a scratch and cuBLAS multiplies; update and
+// bias are further columns of the factors, so that the result is rounded once.
 
 #include "peftkit_cuda.h"
+#include "peftkit_nf4.h"
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
+#include <random>
 
 namespace {
 
 using peftkit::ScalarType;
 using peftkit::Tensor;
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kWeights = 2;  // rows of the weight that a warp works on at a time
+using peftkit::nf4::kThreads;
+using peftkit::nf4::kTile;
+using peftkit::nf4::kUnit;
+using peftkit::nf4::kValues;
+using peftkit::nf4::kWarps;
+
 constexpr int64_t kFew = 16;
 constexpr int64_t kExtra = 32;  // further columns of the factors are a multiple of this, which keeps them aligned
-
-__constant__ const float kValues[16] = {-1.0f,
-                                        -0.6961928009986877f,
-                                        -0.5250730514526367f,
-                                        -0.39491748809814453f,
-                                        -0.28444138169288635f,
-                                        -0.18477343022823334f,
-                                        -0.09105003625154495f,
-                                        0.0f,
-                                        0.07958029955625534f,
-                                        0.16093020141124725f,
-                                        0.24611230194568634f,
-                                        0.33791524171829224f,
-                                        0.44070982933044434f,
-                                        0.5626170039176941f,
-                                        0.7229568362236023f,
-                                        1.0f};
-
-__device__ inline float sum_of_warp(float value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
-// Eight numbers that follow each other, as floats.
-__device__ inline void read8(const float* from, float* to) {
-  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-}
-template <class T>
-__device__ inline void read8(const T* from, float* to) {
-  const uint4 all = *reinterpret_cast<const uint4*>(from);
-  const T* each = reinterpret_cast<const T*>(&all);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) to[k] = peftkit::widen(each[k]);
-}
-
-// inner[m][k] = scale * x_m . down_k; a warp an element.
-template <class T, class F>
-__global__ void __launch_bounds__(kThreads) project(const T* __restrict__ x, const F* __restrict__ down, int64_t rows,
-                                                    int64_t columns, int64_t rank, float scale,
-                                                    float* __restrict__ inner) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (at >= rows * rank) return;
-  const T* left = x + at / rank * columns;
-  const F* right = down + at % rank * columns;
-  float sum = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x % 32; i < columns; i += 32) {
-    sum = fmaf(peftkit::widen(left[i]), peftkit::widen(right[i]), sum);
-  }
-  sum = sum_of_warp(sum);
-  if (threadIdx.x % 32 == 0) inner[at] = scale * sum;
-}
-
-// The update and the bias for one element of the result; lanes share the ranks.
-template <class F, class B>
-__device__ inline float beside(const float* inner, const F* up, int64_t rank, const B* bias, int64_t row) {
-  float sum = 0;
-  for (int64_t k = threadIdx.x % 32; k < rank; k += 32) sum = fmaf(inner[k], peftkit::widen(up[row * rank + k]), sum);
-  if (bias != nullptr && threadIdx.x % 32 == 0) sum += peftkit::widen(bias[row]);
-  return sum;
-}
-
-// out[m][n] for kRows rows of x; columns are a multiple of 8 and x starts at a multiple of 16 bytes.
-template <class T, class F, class B, int kRows>
-__global__ void __launch_bounds__(kThreads) multiply(const T* __restrict__ x, const uint8_t* __restrict__ codes,
-                                                     const float* __restrict__ sizes, int64_t height, int64_t columns,
-                                                     int shift, const B* __restrict__ bias,
-                                                     const float* __restrict__ inner, const F* __restrict__ up,
-                                                     int64_t rank, T* __restrict__ out) {
-  // Byte -> the values of its two codes, once for each lane: lookups of a warp then meet 32 different banks. Half
-  // precision is nearer to the values than the bfloat16 that they would be rounded to.
-  __shared__ __half2 pairs[256][32];
-  for (int i = threadIdx.x; i < 256 * 32; i += kThreads) {
-    pairs[i / 32][i % 32] = __floats2half2_rn(kValues[i / 32 / 16], kValues[i / 32 % 16]);
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-  const int64_t tiles = (height + kWeights - 1) / kWeights;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; tile < tiles;
-       tile += static_cast<int64_t>(gridDim.x) * kWarps) {
-    float sums[kRows][kWeights] = {};
-    int64_t start[kWeights];  // flat place of the row's first weight; a last row that is missing is read twice
-#pragma unroll
-    for (int r = 0; r < kWeights; ++r) start[r] = min(tile * kWeights + r, height - 1) * columns;
-#pragma unroll 2
-    for (int64_t i = lane * 8; i < columns; i += 256) {
-      float weight[kWeights][8];
-#pragma unroll
-      for (int r = 0; r < kWeights; ++r) {
-        const uint32_t eight = *reinterpret_cast<const uint32_t*>(codes + (start[r] + i) / 2);
-        const float size = sizes[(start[r] + i) >> shift];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float2 two = __half22float2(pairs[(eight >> (8 * k)) & 255][lane]);
-          weight[r][2 * k] = two.x * size;
-          weight[r][2 * k + 1] = two.y * size;
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        float own[8];
-        read8(x + m * columns + i, own);
-#pragma unroll
-        for (int r = 0; r < kWeights; ++r) {
-#pragma unroll
-          for (int k = 0; k < 8; ++k) sums[m][r] = fmaf(own[k], weight[r][k], sums[m][r]);
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kWeights; ++r) {
-      const int64_t row = tile * kWeights + r;
-      if (row >= height) break;
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        const float all = sum_of_warp(sums[m][r] + beside(inner + m * rank, up, rank, bias, row));
-        if (lane == 0) out[m * height + row] = peftkit::narrow<T>(all);
-      }
-    }
-  }
-}
-
-// The same for any number of columns and any start; a warp an element.
-template <class T, class F, class B>
-__global__ void __launch_bounds__(kThreads) multiply_any(const T* __restrict__ x, const uint8_t* __restrict__ codes,
-                                                         const float* __restrict__ sizes, int64_t rows, int64_t height,
-                                                         int64_t columns, int shift, const B* __restrict__ bias,
-                                                         const float* __restrict__ inner, const F* __restrict__ up,
-                                                         int64_t rank, T* __restrict__ out) {
-  __shared__ float values[16][32];
-  for (int i = threadIdx.x; i < 16 * 32; i += kThreads) values[i / 32][i % 32] = kValues[i / 32];
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; at < rows * height;
-       at += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int64_t m = at / height, row = at % height;
-    float sum = beside(inner + m * rank, up, rank, bias, row);
-    for (int64_t i = lane; i < columns; i += 32) {
-      const int64_t flat = row * columns + i;
-      const int code = flat % 2 ? codes[flat / 2] & 15 : codes[flat / 2] >> 4;
-      sum = fmaf(peftkit::widen(x[m * columns + i]), values[code][lane] * sizes[flat >> shift], sum);
-    }
-    sum = sum_of_warp(sum);
-    if (lane == 0) out[at] = peftkit::narrow<T>(sum);
-  }
-}
 
 // The weight, rounded to T, rows `stride` apart; a block of threads a row.
 template <class T>
@@ -263,43 +119,85 @@ unsigned resident(const Tensor& on, int64_t items) {
   return grid_of(std::min<int64_t>(items, static_cast<int64_t>(std::max(units, 1)) * 6 * kWarps), kWarps);
 }
 
-template <class T, class F, class B, int kRows>
-void launch(const Tensor& x, int64_t first, const Weight& weight, const B* bias, const float* inner, const F* up,
+template <class T, class F, int kRows>
+void launch(const Tensor& x, int64_t first, const Weight& weight, const float* bias, const float* inner, const F* up,
             int64_t rank, T* out, cudaStream_t stream) {
-  const unsigned blocks = resident(x, (weight.rows + kWeights - 1) / kWeights);
-  multiply<T, F, B, kRows><<<blocks, kThreads, 0, stream>>>(
+  const unsigned blocks = resident(x, (weight.rows + peftkit::nf4::kWeights - 1) / peftkit::nf4::kWeights);
+  peftkit::nf4::multiply<T, F, kRows><<<blocks, kThreads, 0, stream>>>(
       static_cast<const T*>(x.const_data_ptr()) + first * weight.columns, weight.codes, weight.sizes, weight.rows,
       weight.columns, weight.shift, bias, inner + first * rank, up, rank, out + first * weight.rows);
 }
 
-template <class T, class F, class B>
-void few(const Tensor& x, const Weight& weight, const B* bias, const std::optional<Tensor>& down,
+// Different for every launch, and from what memory happens to hold.
+unsigned long long next_token() {
+  static std::atomic<uint64_t> count{uint64_t{std::random_device{}()} << 32 | std::random_device{}()};
+  uint64_t bits = count.fetch_add(0x9E3779B97F4A7C15ull);
+  bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9ull;
+  bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
+  return bits ^ (bits >> 31);
+}
+
+template <class T, class F, int kGroups>
+void launch_tensor_cores(const Tensor& x, const Weight& weight, const float* bias, const F* down, const F* up,
+                         int64_t rank, float scale, T* out, cudaStream_t stream) {
+  const auto kernel = &peftkit::nf4::on_tensor_cores<T, F, kGroups>;
+  int units = 0, each = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0));
+  // As many blocks as fit at once beside the makers, and as many tiles for each.
+  const int makers = static_cast<int>(std::min<int64_t>(rank, peftkit::nf4::kMakers));
+  const int64_t tiles = (weight.rows + kTile - 1) / kTile;
+  const int64_t fitting = std::max<int64_t>(static_cast<int64_t>(units) * std::max(each, 1) - makers, 1);
+  const int64_t turns = (tiles + fitting - 1) / fitting, blocks = (tiles + turns - 1) / turns;
+  const int64_t rows = x.size(0), signals = blocks * makers;
+  Tensor scratch =
+      torch::stable::new_empty(x, {2 * signals + rows * rank + 1}, std::make_optional(ScalarType::Float));
+  auto* first = static_cast<unsigned long long*>(scratch.mutable_data_ptr());
+  const peftkit::nf4::Update<F> update{down, up, reinterpret_cast<float*>(first + signals), first, next_token(), rank, scale, makers};
+  kernel<<<static_cast<unsigned>(blocks + makers), kThreads, 0, stream>>>(
+      static_cast<const T*>(x.const_data_ptr()), weight.codes, weight.sizes, static_cast<int>(rows), weight.rows,
+      weight.columns, weight.shift, bias, update, out);
+}
+
+bool starts_at(const void* address, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
+
+template <class T, class F>
+void few(const Tensor& x, const Weight& weight, const float* bias, const std::optional<Tensor>& down,
          const std::optional<Tensor>& up, float scale, T* out, cudaStream_t stream) {
   const int64_t rows = x.size(0), rank = down ? down->size(0) : 0;
+  const F* one = rank ? static_cast<const F*>(down->const_data_ptr()) : nullptr;
+  const F* other = rank ? static_cast<const F*>(up->const_data_ptr()) : nullptr;
+  const auto* from = static_cast<const T*>(x.const_data_ptr());
+  if constexpr (!std::is_same_v<T, float>) {
+    int major = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
+    if (major >= 8 && weight.columns % kUnit == 0 && (1 << weight.shift) >= kUnit && starts_at(from, 16) &&
+        starts_at(one, 16) && starts_at(weight.codes, 8)) {
+      if (rows <= 8) {
+        launch_tensor_cores<T, F, 1>(x, weight, bias, one, other, rank, scale, out, stream);
+      } else {
+        launch_tensor_cores<T, F, 2>(x, weight, bias, one, other, rank, scale, out, stream);
+      }
+      return;
+    }
+  }
   Tensor inner = torch::stable::new_empty(x, {rows * rank + 1}, std::make_optional(ScalarType::Float));
   auto* found = static_cast<float*>(inner.mutable_data_ptr());
   if (rank) {
-    project<T, F><<<grid_of(rows * rank, kWarps), kThreads, 0, stream>>>(
-        static_cast<const T*>(x.const_data_ptr()), static_cast<const F*>(down->const_data_ptr()), rows, weight.columns,
-        rank, scale, found);
+    peftkit::nf4::project<T, F><<<grid_of(rows * rank, kWarps), kThreads, 0, stream>>>(from, one, rows, weight.columns, rank, scale,
+                                                                         found);
   }
-  const F* second = up ? static_cast<const F*>(up->const_data_ptr()) : nullptr;
-  // The table of `multiply` is in half precision, which is too coarse for float32.
-  if (std::is_same_v<T, float> || weight.columns % 8 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 ||
-      reinterpret_cast<uintptr_t>(weight.codes) % 4) {
-    multiply_any<T, F, B><<<resident(x, rows * weight.rows), kThreads, 0, stream>>>(
-        static_cast<const T*>(x.const_data_ptr()), weight.codes, weight.sizes, rows, weight.rows, weight.columns,
-        weight.shift, bias, found, second, rank, out);
+  if (weight.columns % 8 || !starts_at(from, 16) || !starts_at(weight.codes, 4)) {
+    peftkit::nf4::multiply_any<T, F><<<resident(x, rows * weight.rows), kThreads, 0, stream>>>(
+        from, weight.codes, weight.sizes, rows, weight.rows, weight.columns, weight.shift, bias, found, other, rank, out);
     return;
   }
   for (int64_t first = 0; first < rows;) {
-    const int64_t left = rows - first;
-    const int64_t taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    switch (taken) {
-      case 8: launch<T, F, B, 8>(x, first, weight, bias, found, second, rank, out, stream); break;
-      case 4: launch<T, F, B, 4>(x, first, weight, bias, found, second, rank, out, stream); break;
-      case 2: launch<T, F, B, 2>(x, first, weight, bias, found, second, rank, out, stream); break;
-      default: launch<T, F, B, 1>(x, first, weight, bias, found, second, rank, out, stream);
+    const int64_t taken = rows - first >= 4 ? 4 : 1;
+    if (taken == 4) {
+      launch<T, F, 4>(x, first, weight, bias, found, other, rank, out, stream);
+    } else {
+      launch<T, F, 1>(x, first, weight, bias, found, other, rank, out, stream);
     }
     first += taken;
   }
@@ -418,9 +316,9 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor sizes, int64_t height, int64_t 
     const float* offset = own ? static_cast<const float*>(own->const_data_ptr()) : nullptr;
     auto* to = static_cast<T*>(out.mutable_data_ptr());
     if (down && down->scalar_type() == wide) {
-      few<T, float, float>(x, weight, offset, down, up, by, to, device.stream());
+      few<T, float>(x, weight, offset, down, up, by, to, device.stream());
     } else {
-      few<T, T, float>(x, weight, offset, down, up, by, to, device.stream());
+      few<T, T>(x, weight, offset, down, up, by, to, device.stream());
     }
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
