@@ -1,96 +1,52 @@
 // Norms of the rows of weight + scale * up @ down; see reference.py for the definition.
 //
 // Groups of rows are converted to float a panel of columns at a time, and multiplied with the panel of `down` while both
-// are in the first cache. Sums run in float over one panel and go on in double from panel to panel, so that the bound on
-// their error is a small constant. A row whose terms cancel beyond that bound is formed in double.
+// are in the first cache. Sums run in float over a few panels and go on in double, so that the bound on their error is a
+// small constant. A row whose terms cancel beyond that bound is formed in double.
+
+#ifndef PEFTKIT_PASS
 
 #include "peftkit_cpu.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 namespace {
 
+using peftkit::Bits;
 using peftkit::ScalarType;
 using peftkit::Tensor;
 
-constexpr int64_t kRows = 4;     // rows of a block
-constexpr int64_t kGroup = 8;    // rows that share a panel of `down` in the first cache
-constexpr int64_t kRanks = 4;    // ranks of a block
-constexpr int64_t kPanel = 512;  // columns of a panel
+constexpr int64_t kGroup = 8;     // rows that share a panel of `down` in the first cache
+constexpr int64_t kRanks = 4;     // ranks of a block
+constexpr int64_t kPanel = 256;   // columns of a panel
+constexpr int64_t kTerms = 64;    // additions to one sum in float before it goes on in double
+constexpr int64_t kMostLanes = 16;
 constexpr double kTolerance = 4e-6;
 
-typedef float Half __attribute__((vector_size(32)));
 typedef double Wide __attribute__((vector_size(64)));
-constexpr int64_t kWide = 8;
 
-template <int Lanes>
-struct Vector {
-  typedef float Type __attribute__((vector_size(Lanes * 4)));
+// A group of rows and what it is multiplied with, and the memory to do so in.
+template <class Format>
+struct Group {
+  const Bits<Format>* weight;
+  int64_t columns, rows;
+  bool more;           // whether another group follows in memory
+  const float* tiles;  // (panels, padded, kPanel), zero beyond the ranks and columns
+  int64_t padded;      // ranks, to a multiple of kRanks
+  float* panel;        // (kGroup, kPanel)
+  float* sums;         // (kGroup, padded, kMostLanes)
+  double* totals;      // (kGroup, padded), the result
 };
 
-// sums[row][rank] += panel[row] . down[rank] for kRows rows and kRanks ranks of one panel, in 8 lanes each.
-template <int Lanes>
-inline __attribute__((always_inline)) void dots_of(const float* panel, const float* down, double* sums, int64_t stride) {
-  using Lane = typename Vector<Lanes>::Type;
-  Lane total[kRows][kRanks] = {};
-  for (int64_t j = 0; j < kPanel; j += Lanes) {
-    Lane own[kRows], other;
-#pragma GCC unroll 4
-    for (int64_t row = 0; row < kRows; ++row) std::memcpy(&own[row], panel + row * kPanel + j, sizeof(Lane));
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < kRanks; ++k) {
-      std::memcpy(&other, down + k * kPanel + j, sizeof(Lane));
-#pragma GCC unroll 4
-      for (int64_t row = 0; row < kRows; ++row) total[row][k] += own[row] * other;
-    }
-  }
-#pragma GCC unroll 4
-  for (int64_t row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < kRanks; ++k) {
-      double* to = sums + (row * stride + k) * kWide;
-      Half parts[Lanes / kWide];
-      Wide sum;
-      std::memcpy(parts, &total[row][k], sizeof parts);
-      std::memcpy(&sum, to, sizeof sum);
-      for (const Half& part : parts) sum += __builtin_convertvector(part, Wide);
-      std::memcpy(to, &sum, sizeof sum);
-    }
-  }
-}
+}  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx512f,avx512dq,avx512vl,fma"))) void dots_avx512(const float* panel, const float* down,
-                                                                          double* sums, int64_t stride) {
-  dots_of<16>(panel, down, sums, stride);
-}
-__attribute__((target("avx2,fma"))) void dots_avx2(const float* panel, const float* down, double* sums,
-                                                   int64_t stride) {
-  dots_of<8>(panel, down, sums, stride);
-}
-#endif
-void dots_portable(const float* panel, const float* down, double* sums, int64_t stride) {
-  dots_of<8>(panel, down, sums, stride);
-}
+#define PEFTKIT_FILE "../dora_scale/dora_scale.cpp"
+#include "peftkit_passes.h"
 
-using Dots = void (*)(const float*, const float*, double*, int64_t);
-
-Dots chosen() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return dots_avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return dots_avx2;
-#endif
-  return dots_portable;
-}
-
-template <class Format>
-PEFTKIT_CLONES void widen(const typename Format::Bits* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = Format::load(from[i]);
-}
+namespace {
 
 // In double, from numbers that are float exactly.
 PEFTKIT_CLONES double square_sum(const float* values, int64_t count) {
@@ -155,14 +111,16 @@ PEFTKIT_CLONES double quadratic(const double* gram, const double* by, double* sc
   return total;
 }
 
-std::vector<float> floats(const Tensor& tensor) {
-  std::vector<float> out(tensor.numel());
-  peftkit::with_format(tensor.scalar_type(), "dora_scale", [&](auto format) {
-    using Format = decltype(format);
-    widen<Format>(static_cast<const typename Format::Bits*>(tensor.const_data_ptr()), out.data(),
-                  static_cast<int64_t>(out.size()));
-  });
-  return out;
+PEFTKIT_CLONES double product(const float* a, const float* b, int64_t count) {
+  double sums[16] = {};
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16) {
+    for (int lane = 0; lane < 16; ++lane) sums[lane] += static_cast<double>(a[j + lane]) * static_cast<double>(b[j + lane]);
+  }
+  double total = 0;
+  for (; j < count; ++j) total += static_cast<double>(a[j]) * static_cast<double>(b[j]);
+  for (double sum : sums) total += sum;
+  return total;
 }
 
 Tensor row_squares(Tensor weight) {
@@ -176,7 +134,7 @@ Tensor row_squares(Tensor weight) {
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 32768 / (columns + 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> own(columns);
       for (int64_t row = begin; row < end; ++row) {
-        widen<Format>(from + row * columns, own.data(), columns);
+        peftkit::widen<Format>(from + row * columns, own.data(), columns);
         to[row] = static_cast<float>(square_sum(own.data(), columns));
       }
     });
@@ -197,7 +155,7 @@ Tensor dora_norms(Tensor weight, Tensor squared, Tensor down, Tensor up, double 
   if (rows == 0) return out;
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   const auto* own_squares = static_cast<const float*>(squared.const_data_ptr());
-  const std::vector<float> flat = floats(down), wide_up = floats(up);
+  const std::vector<float> flat = peftkit::floats(down), wide_up = peftkit::floats(up);
   // (panels, padded, kPanel), zero beyond the ranks and columns.
   Lines<float> tiles(panels * padded * kPanel);
   std::vector<double> norms(rank), gram(rank * rank);
@@ -210,65 +168,33 @@ Tensor dora_norms(Tensor weight, Tensor squared, Tensor down, Tensor up, double 
   torch::stable::parallel_for(0, rank, std::max<int64_t>(1, 16384 / (rank * columns + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       for (int64_t l = 0; l <= k; ++l) {
-        double sums[8] = {};
-        const float *a = flat.data() + k * columns, *b = flat.data() + l * columns;
-        int64_t j = 0;
-        for (; j + 8 <= columns; j += 8) {
-          for (int lane = 0; lane < 8; ++lane) {
-            sums[lane] += static_cast<double>(a[j + lane]) * static_cast<double>(b[j + lane]);
-          }
-        }
-        for (; j < columns; ++j) sums[0] += static_cast<double>(a[j]) * static_cast<double>(b[j]);
-        double total = 0;
-        for (double sum : sums) total += sum;
-        gram[k * rank + l] = gram[l * rank + k] = total;
+        gram[k * rank + l] = gram[l * rank + k] = product(flat.data() + k * columns, flat.data() + l * columns, columns);
       }
     }
   });
   for (int64_t k = 0; k < rank; ++k) norms[k] = std::sqrt(gram[k * rank + k]);
-  static const Dots dots = chosen();
-  // A sum of kPanel terms in lanes of 8 at the least makes kPanel / 8 roundings.
+  // Lanes of 8 at the least, and their sum.
   const double unit = std::numeric_limits<float>::epsilon() / 2;
-  const double roundings = static_cast<double>(std::min(columns, kPanel) / 8 + 1);
+  const double roundings = static_cast<double>(std::min(columns / 8 + 1, kTerms) + 5);
   peftkit::with_format(weight.scalar_type(), "dora_norms", [&](auto format) {
     using Format = decltype(format);
     const auto* from = static_cast<const typename Format::Bits*>(weight.const_data_ptr());
     const int64_t groups = (rows + kGroup - 1) / kGroup;
     torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 65536 / (columns * (rank + 1) + 1)),
                                 [&](int64_t begin, int64_t end) {
-      Lines<float> panel(kGroup * kPanel);
-      Lines<double> sums(kGroup * padded * kWide);
-      std::vector<double> direct, by(rank), scratch(rank);
+      Lines<float> panel(kGroup * kPanel), sums(kGroup * padded * kMostLanes);
+      std::vector<double> totals(kGroup * padded), direct, by(rank), scratch(rank);
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = group * kGroup, count = std::min(kGroup, rows - first);
-        std::fill_n(sums.data(), kGroup * padded * kWide, 0.0);
-        for (int64_t p = 0; p < panels; ++p) {
-          const int64_t width = std::min(kPanel, columns - p * kPanel);
-          for (int64_t row = 0; row < count; ++row) {
-            widen<Format>(from + (first + row) * columns + p * kPanel, panel.data() + row * kPanel, width);
-            std::fill(panel.data() + row * kPanel + width, panel.data() + (row + 1) * kPanel, 0.0f);
-            // The rows are read in turns of a panel, which the processor's own prefetching does not follow.
-            const auto* next = from + (first + row) * columns + (p + 1) * kPanel;
-            const int64_t ahead = std::min(kPanel, columns - (p + 1) * kPanel);
-            for (int64_t j = 0; j < ahead; j += 64 / static_cast<int64_t>(sizeof *next)) __builtin_prefetch(next + j);
-          }
-          for (int64_t k = 0; k < padded; k += kRanks) {
-            for (int64_t row = 0; row < count; row += kRows) {
-              dots(panel.data() + row * kPanel, tiles.data() + (p * padded + k) * kPanel,
-                   sums.data() + (row * padded + k) * kWide, padded);
-            }
-          }
-        }
+        PEFTKIT_RUN(dots<Format>({from + first * columns, columns, count, group + 1 < end, tiles.data(), padded,
+                                  panel.data(), sums.data(), totals.data()}));
         for (int64_t row = 0; row < count; ++row) {
           const float* factor = wide_up.data() + (first + row) * rank;
           const double own = static_cast<double>(own_squares[first + row]);
           double cross = 0, reach = 0;
           for (int64_t k = 0; k < rank; ++k) {
-            const double* lanes = sums.data() + (row * padded + k) * kWide;
-            const double inner = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
-                                 ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
             by[k] = scale * static_cast<double>(factor[k]);
-            cross += by[k] * inner;
+            cross += by[k] * totals[row * padded + k];
             reach += std::abs(by[k]) * norms[k];
           }
           const double square = quadratic(gram.data(), by.data(), scratch.data(), rank);
@@ -299,3 +225,87 @@ STABLE_TORCH_LIBRARY_IMPL(peftkit, CPU, library) {
   library.impl("row_squares", TORCH_BOX(&row_squares));
   library.impl("dora_norms", TORCH_BOX(&dora_norms));
 }
+
+#else  // one pass: the kernels for one kind of processor
+
+namespace {
+namespace PEFTKIT_NAME {
+
+#include "peftkit_lanes.h"
+
+constexpr int64_t kBlock = PEFTKIT_PASS == 512 ? 4 : 2;  // rows of a block, whose sums stay in registers
+constexpr int64_t kFlush = kTerms * kLanes / kPanel;     // panels after which sums go on in double
+
+// sums[row][k] += panel[row] . down[k] for kBlock rows and kRanks ranks of one panel, in the lanes of a vector each.
+PEFTKIT_TARGET PEFTKIT_INLINE void block(const float* panel, const float* down, float* sums, int64_t padded) {
+  Lanes total[kBlock][kRanks];
+#pragma GCC unroll 4
+  for (int64_t row = 0; row < kBlock; ++row) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kRanks; ++k) total[row][k] = take_float(sums + (row * padded + k) * kMostLanes);
+  }
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    Lanes own[kBlock];
+#pragma GCC unroll 4
+    for (int64_t row = 0; row < kBlock; ++row) own[row] = take_float(panel + row * kPanel + j);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kRanks; ++k) {
+      const Lanes other = take_float(down + k * kPanel + j);
+#pragma GCC unroll 4
+      for (int64_t row = 0; row < kBlock; ++row) total[row][k] = fma(own[row], other, total[row][k]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t row = 0; row < kBlock; ++row) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kRanks; ++k) put(sums + (row * padded + k) * kMostLanes, total[row][k]);
+  }
+}
+
+template <class Format>
+PEFTKIT_TARGET PEFTKIT_INLINE void widen(const Bits<Format>* from, float* to, int64_t count) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) put(to + j, take<Format>(from + j));
+  for (; j < count; ++j) to[j] = Format::load(from[j]);
+  std::fill(to + count, to + kPanel, 0.0f);
+}
+
+// The products of all rows of the group with all of `down`.
+template <class Format>
+PEFTKIT_TARGET void dots(const Group<Format>& group) {
+  const int64_t panels = (group.columns + kPanel - 1) / kPanel;
+  const int64_t blocks = (group.rows + kBlock - 1) / kBlock * kBlock, places = kGroup * group.padded;
+  std::fill_n(group.totals, places, 0.0);
+  std::fill_n(group.sums, places * kMostLanes, 0.0f);
+  std::fill_n(group.panel, kGroup * kPanel, 0.0f);
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t first = p * kPanel, width = std::min(kPanel, group.columns - first);
+    for (int64_t row = 0; row < group.rows; ++row) {
+      const Bits<Format>* own = group.weight + row * group.columns;
+      widen<Format>(own + first, group.panel + row * kPanel, width);
+      // The rows are read in turns of a panel, which the processor's own prefetching does not follow.
+      const bool last = p + 1 == panels;
+      if (last && !group.more) continue;
+      const Bits<Format>* next = last ? own + kGroup * group.columns : own + first + kPanel;
+      const int64_t ahead = std::min(kPanel, group.columns - (last ? 0 : first + kPanel));
+      for (int64_t j = 0; j < ahead; j += 64 / static_cast<int64_t>(sizeof *next)) __builtin_prefetch(next + j);
+    }
+    const float* down = group.tiles + p * group.padded * kPanel;
+    for (int64_t k = 0; k < group.padded; k += kRanks) {
+      for (int64_t row = 0; row < blocks; row += kBlock) {
+        block(group.panel + row * kPanel, down + k * kPanel, group.sums + (row * group.padded + k) * kMostLanes,
+              group.padded);
+      }
+    }
+    if ((p + 1) % kFlush && p + 1 < panels) continue;
+    for (int64_t place = 0; place < blocks * group.padded; ++place) {
+      group.totals[place] += static_cast<double>(total(take_float(group.sums + place * kMostLanes)));
+      put(group.sums + place * kMostLanes, zero());
+    }
+  }
+}
+
+}  // namespace PEFTKIT_NAME
+}  // namespace
+
+#endif

@@ -30,6 +30,38 @@ namespace peftkit {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Bits of the widest vectors to use: 512, 256 or 0, for checks of what other processors run.
+#ifndef PEFTKIT_WIDEST
+#define PEFTKIT_WIDEST 512
+#endif
+
+// The instructions of this processor that code here is written for.
+struct Cpu {
+  bool avx2 = false;  // with fused multiply-adds and float16
+  bool avx512 = false;
+  bool avx512bf16 = false;
+  bool avx512vnni = false;
+};
+
+inline const Cpu& cpu() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const Cpu found = [] {
+    Cpu own;
+    own.avx2 = PEFTKIT_WIDEST >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    own.avx512 = PEFTKIT_WIDEST >= 512 && own.avx2 && __builtin_cpu_supports("avx512f") &&
+                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                 __builtin_cpu_supports("avx512dq");
+    own.avx512bf16 = own.avx512 && __builtin_cpu_supports("avx512bf16");
+    own.avx512vnni = own.avx512 && __builtin_cpu_supports("avx512vnni");
+    return own;
+  }();
+#else
+  static const Cpu found{};
+#endif
+  return found;
+}
+
 inline float from_bfloat16(uint16_t bits) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
@@ -81,6 +113,9 @@ struct Float16 {
   static Bits store(float value) { return to_float16(value); }
 };
 
+template <class Format>
+using Bits = typename Format::Bits;
+
 // Calls `use` with the format of a dtype.
 template <class Use>
 auto with_format(ScalarType type, const char* name, Use&& use) {
@@ -95,6 +130,21 @@ auto with_format(ScalarType type, const char* name, Use&& use) {
       STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
       return use(Float32{});
   }
+}
+
+template <class Format>
+PEFTKIT_CLONES void widen(const typename Format::Bits* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Format::load(from[i]);
+}
+
+// A whole tensor as floats.
+inline std::vector<float> floats(const Tensor& tensor) {
+  std::vector<float> out(tensor.numel());
+  with_format(tensor.scalar_type(), "peftkit", [&](auto tag) {
+    using Format = decltype(tag);
+    widen<Format>(static_cast<const typename Format::Bits*>(tensor.const_data_ptr()), out.data(), tensor.numel());
+  });
+  return out;
 }
 
 // Bit i: whether a[i] != b[i], for up to 32 elements; the loop becomes a few comparisons of whole vectors.
@@ -114,16 +164,12 @@ __attribute__((target("avx512f,avx512bw"))) inline uint32_t differing_avx512(con
   const uint32_t high = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a + 16), _mm512_loadu_si512(b + 16));
   return low | high << 16;
 }
-inline bool has_avx512() {
-  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-  return found;
-}
 #endif
 
 template <class Bits>
 inline uint32_t differing(const Bits* a, const Bits* b, int64_t count) {
 #if defined(__x86_64__)
-  if (count >= 32 && has_avx512()) return differing_avx512(a, b);
+  if (count >= 32 && cpu().avx512) return differing_avx512(a, b);
 #endif
   return differing_portable(a, b, count);
 }

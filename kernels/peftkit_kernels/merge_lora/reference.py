@@ -70,15 +70,17 @@ def merged(weight: Tensor, change: Tensor) -> Tensor:
 
 
 def checksum(weight: Tensor) -> Tensor:
-    """sum over i of bits_i * ((i * m) | 1) modulo 2^64, (1,), int64; a single changed element always changes it.
+    """sum over i of word_i * ((i * m) | 1) modulo 2^64, (1,), int64; a single changed element always changes it.
 
-    bits_i is the element's bits as an unsigned number plus one; m is odd.
+    word_i are the 8 byte words of the rows of a matrix one after the other, each row filled up with zeros; m is odd.
     """
-    unsigned = bits_of(weight).reshape(-1).long()
-    if weight.element_size() < 8:
-        unsigned = unsigned & ((1 << (8 * weight.element_size())) - 1)
-    index = torch.arange(weight.numel(), device=weight.device, dtype=torch.int64)
-    return ((unsigned + 1) * ((index * _MULTIPLIER) | 1)).sum().reshape(1)
+    if not weight.numel():
+        return torch.zeros(1, dtype=torch.int64, device=weight.device)
+    bits = bits_of(weight.contiguous())
+    each = 8 // bits.element_size()
+    words = torch.nn.functional.pad(bits, (0, -bits.shape[1] % each)).view(torch.int64).reshape(-1)
+    index = torch.arange(len(words), device=weight.device, dtype=torch.int64)
+    return (words * ((index * _MULTIPLIER) | 1)).sum().reshape(1)
 
 
 def residual(weight: Tensor, guess: Tensor) -> Residual:
