@@ -14,6 +14,7 @@ from torch import nn
 from peftkit import backbones, targets
 from peftkit.errors import ConfigError, TargetError, nearest
 from peftkit.methods import METHODS, method_of
+from peftkit.quantization import is_quantized
 from peftkit.spec import Attach, Config, Method, Site
 
 
@@ -106,6 +107,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
             f"{method.name} found nothing to train in {type(model).__name__}: "
             "name modules with target_modules or modules_to_save"
         )
+    _refuse_codes(model, method, sites, extras)
     shared = method.shared_count(sites, config) if method.shared_count else 0
     base = sum(p.numel() for n, p in model.named_parameters() if ".peftkit." not in f".{n}.")
     return Plan(
@@ -118,6 +120,22 @@ def plan(model: nn.Module, config: Any) -> Plan:
         targets=targets.shortest_suffixes([s.path for s in sites], [n for n, _ in targets.modules(model)]),
         notes=tuple(_notes(model, method, config, sites, extras)),
     )
+
+
+def _refuse_codes(model: nn.Module, method: Method, sites: Sequence[Site], extras: Sequence[Site]) -> None:
+    """Raises TargetError when something is to be trained that is stored in 4 or 8 bits."""
+    modules = dict(targets.modules(model))
+    for site in (*sites, *extras):
+        if not is_quantized(modules[site.path]):
+            continue
+        copied = "weight" in (name for name, _ in site.parameters)
+        if copied or not (method.quantized_base or site.role == "extra"):
+            does = f"trains a copy of {site.path}.weight" if copied else f"does not work on {site.path}"
+            raise TargetError(
+                f"{method.name} {does}, whose weight is stored in codes ({site.kind}): leave the module out, use a "
+                "method that works on a quantized base (`peftkit methods` lists them), or load the base in bfloat16, "
+                "float16 or float32"
+            )
 
 
 def _whole_module_sites(model: nn.Module, paths: Sequence[str], taken: set[str]) -> list[Site]:

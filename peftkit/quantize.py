@@ -96,12 +96,15 @@ def quantizable(
             targets.check_each_matches(patterns, known, field)
     paths = set(backbones.linear_paths(model)) if wanted is None else {p for p in known if targets.matches(p, wanted)}
     tied = {name for names in backbones.tied(model).values() for name in names}
+    # Projections that a model wants in float32 are too delicate for codes; their dtype is read by its code, too.
+    delicate = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if wanted is None else ()
     return {
         path: module
         for path, module in projections(model).items()
         if path in paths
         and not (excluded is not None and targets.matches(path, excluded))
         and f"{path}.weight" not in tied
+        and not any(name in path.split(".") for name in delicate)
         and not is_quantized(module)
     }
 

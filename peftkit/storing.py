@@ -244,7 +244,7 @@ def _coded(given: Given, form: Form) -> Made:
         gram=given.gram,
         directions=_directions(given),
         residual_rank=form.residual_rank,
-        least_effect=form.least_effect,
+        least_effect=0.0 if form.least_effect is None else form.least_effect,
     )
     residual = None
     if found.residual is not None and found.residual[0].shape[0]:

@@ -34,11 +34,13 @@ class WholeModule(Adapter):
                 copy = self._parameters[name]
                 assert own is not None
                 assert copy is not None
-                copy.data = own.detach().clone()
+                # Beside a quantized base copies are wider than what they are copies of.
+                copy.data = own.detach().to(torch.promote_types(own.dtype, copy.dtype), copy=True)
 
     def replacement(self, name: str, value: Any) -> Any:
-        """The trained copy."""
-        return self._parameters[name]
+        """The trained copy, in the dtype of the module's own parameter."""
+        copy = self._parameters[name]
+        return copy if copy is None or copy.dtype == value.dtype else copy.to(value.dtype)
 
     def part(self, side: int, start: int, stop: int) -> Adapter | None:
         """Rows of the copied weight as it is stored; of the other copies too where the rows are outputs."""

@@ -20,6 +20,7 @@ from peftkit import backbones, swap
 from peftkit.conversion import Conversion, undo
 from peftkit.errors import ConfigError, StateError, TargetError, nearest
 from peftkit.plan import Plan, plan
+from peftkit.quantization import is_quantized
 from peftkit.spec import Adapter, Site, State, adapter_dtype
 from peftkit.swap import CHILD
 from peftkit.whole import WholeModule
@@ -177,6 +178,8 @@ def _build(
             )
     pending: list[tuple[str, Adapter]] = []
     root = modules[""]
+    # Beside codes, copies that train get float32 as adapters do: 16 bits would round small steps away.
+    copies_dtype = torch.float32 if any(map(is_quantized, modules.values())) else None
     shared = method.shared(planned.sites, config) if method.shared else None
     if shared is not None:
         _place(shared, modules[planned.sites[0].path], dtype)
@@ -190,13 +193,13 @@ def _build(
         module = modules[site.path]
         if site.role == "extra":
             whole = WholeModule(site.parameters)
-            _place(whole, module, None)
+            _place(whole, module, None, copies_dtype)
             with onloaded(module):
                 whole.copy_from(module)
             adapter: Adapter = whole
         else:
             adapter = method.adapter(site, config, shared)
-            _place(adapter, module, dtype)
+            _place(adapter, module, dtype, copies_dtype)
             if not _on_meta(adapter):
                 with onloaded(module):
                     method.initialise(adapter, module, site, config)
@@ -249,15 +252,20 @@ def _share_tied(adapter: Adapter, module: nn.Module, copies: dict[int, nn.Parame
             adapter._parameters[name] = copies.setdefault(id(own), parameter)
 
 
-def _place(adapter: Adapter, module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Moves a new adapter's floating-point tensors to the device and dtype that go with the module."""
+def _place(adapter: Adapter, module: nn.Module, dtype: torch.dtype | None, copies: torch.dtype | None = None) -> None:
+    """Moves a new adapter's floating-point tensors to the device and dtype that go with the module.
+
+    Args:
+        copies: the least dtype of trained copies of the backbone's own parameters; None: theirs.
+    """
     reference = next((p for p in module.parameters(recurse=False)), None)
     if reference is None:
         reference = next(module.parameters(), None)
     wanted = dtype
     if wanted is None and reference is not None and reference.is_floating_point():
         whole = isinstance(adapter, WholeModule) or adapter.raw
-        wanted = reference.dtype if whole else adapter_dtype(reference.dtype)
+        own = reference.dtype if copies is None else torch.promote_types(reference.dtype, copies)
+        wanted = own if whole else adapter_dtype(reference.dtype)
     device = backbones.device_of(module)
     if device.type == "meta":
         adapter.to(dtype=wanted)

@@ -49,8 +49,11 @@ def weights_of(module: nn.Module) -> BaseWeights:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module's weight is stored in codes."""
-    return any(backend(module) is not None for backend in BACKENDS)
+    """Whether the module's weight is stored in codes, or will be once it is loaded."""
+    try:
+        return any(backend(module) is not None for backend in BACKENDS)
+    except MergeError:
+        return True
 
 
 __all__ = [

@@ -55,7 +55,7 @@ class Backbone:
     def inputs(self, model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         """One batch with labels, on the model's device, in its dtype."""
         generator = torch.Generator().manual_seed(1000 + seed)
-        reference = next(model.parameters())
+        reference = next(p for p in model.parameters() if p.is_floating_point())
         made = self.make_inputs(generator)
         return {
             key: value.to(reference.device, reference.dtype if value.is_floating_point() else value.dtype)

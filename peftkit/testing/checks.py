@@ -8,7 +8,7 @@ from typing import Any
 
 from peftkit.errors import StateError
 from peftkit.spec import Method
-from peftkit.testing import forward, lifecycle, planning
+from peftkit.testing import forward, lifecycle, planning, quantized
 from peftkit.testing.backbones import Backbone
 from peftkit.testing.subject import Subject, registered
 
@@ -50,6 +50,8 @@ LAWS: tuple[Law, ...] = (
     Law(forward.check_modes),
     Law(forward.check_dropout, lambda method, config: bool(forward.dropout_fields(config))),
     Law(forward.check_low_precision_base),
+    Law(quantized.check_quantized_base, lambda method, config: method.quantized_base),
+    Law(quantized.check_quantized_base_is_refused, lambda method, config: not method.quantized_base),
     Law(forward.check_autocast),
     Law(forward.check_inference_mode_leaves_no_trace),
     Law(forward.check_compile),
