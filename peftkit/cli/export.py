@@ -48,6 +48,9 @@ def export(
     max_lora_rank: Annotated[
         int | None, typer.Option("--max-lora-rank", help="What vLLM is started with; checked with --to vllm.")
     ] = None,
+    into: Annotated[
+        str | None, typer.Option("--into", help="bf16, fp16 or fp32, with --to merged; default: as the base is.")
+    ] = None,
     base_name: Annotated[
         str | None, typer.Option("--base-name", help="What the export shall call the base model.")
     ] = None,
@@ -67,6 +70,7 @@ def export(
         error=error,
         dtype=dtype.value,
         max_lora_rank=max_lora_rank,
+        into=into,
         base_name=base_name,
         overwrite=overwrite,
     )

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peftkit import backbones
-from peftkit.certificate import MergeReport
+from peftkit.certificate import FILE, MergeReport
 from peftkit.export.result import Export
 from peftkit.export.source import Source
 from peftkit.quantization import original_class
 
+LONGEST_TABLE = 32
+"""Weights up to which a card has a row for each."""
 _LOAD = {
     "peft": (
         "python",
@@ -22,7 +24,7 @@ _LOAD = {
     "gguf": ("", "llama-cli -m base.gguf --lora {file}"),
     "merged": (
         "python",
-        "import transformers\n\nmodel = transformers.AutoModel.from_pretrained({path})",
+        "import transformers\n\nmodel = transformers.{kind}.from_pretrained({path})",
     ),
 }
 
@@ -38,7 +40,11 @@ def card(source: Source, made: Export, *, max_lora_rank: int = 0, file: str = "a
     base = source.base_name or original_class(source.model).__name__
     language, code = _LOAD[made.target]
     code = code.format(
-        path='"path/to/this/folder"' if language else "path/to/this/folder", base=base, rank=max_lora_rank, file=file
+        path='"path/to/this/folder"' if language else "path/to/this/folder",
+        base=base,
+        rank=max_lora_rank,
+        file=file,
+        kind=original_class(source.model).__name__,
     )
     about = dict(source.origin.get("about") or {})
     parts = [
@@ -114,7 +120,7 @@ def _conversion(made: Export) -> Iterator[str]:
     if not made.sites:
         return
     text = f"## Conversion\n\n{made.summary}."
-    if not made.exact:
+    if not made.exact and len(made.sites) <= LONGEST_TABLE:
         text += "\n\n| weight | rank | error / update |\n| --- | --- | --- |\n"
         text += "\n".join(f"| `{s.path}` | {s.rank} | {s.error_relative:.2e} |" for s in made.sites)
     if made.notes:
@@ -124,4 +130,7 @@ def _conversion(made: Export) -> Iterator[str]:
 
 def _certificate(report: MergeReport | None) -> Iterator[str]:
     if report is not None:
-        yield f"## Certificate of the merge\n\n```\n{report}\n```"
+        lines = str(report).splitlines()
+        if len(report.sites) > LONGEST_TABLE:
+            lines = [lines[-1], f"({FILE} has every parameter)"]
+        yield "## Certificate of the merge\n\n```\n" + "\n".join(lines) + "\n```"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import ConfigError, nearest
-from peftkit.export import gguf, peft, vllm
+from peftkit.export import destination, gguf, merged, peft, vllm
 from peftkit.export.factors import check_choice
 from peftkit.export.result import Export
 from peftkit.export.source import opened
@@ -31,6 +31,7 @@ def export(
     error: float | None = None,
     dtype: str = "float32",
     max_lora_rank: int | None = None,
+    into: str | None = None,
     base_name: str | None = None,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -49,6 +50,7 @@ def export(
             is low-rank is converted, exactly.
         dtype: of the factors: "float32", "float16" or "bfloat16".
         max_lora_rank: what vLLM is started with; None: what it needs is said in the notes.
+        into: dtype of merged weights: "bf16", "fp16" or "fp32"; None: as the base stores each.
         base_name: what the export shall call the base; None: what the adapter calls it.
         about: data, metrics and whatever else the card shall say; None: what the adapter was saved with.
         overwrite: whether to write into a folder that holds files.
@@ -63,12 +65,20 @@ def export(
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} is nobody to export for; {nearest(to, TARGETS)}")
     check_choice(rank, error, dtype)
+    if into is not None and to != "merged":
+        raise ConfigError(f"into is for to='merged', found to={to!r}; dtype is that of factors")
+    if to == "merged" and (rank is not None or error is not None):
+        raise ConfigError("rank and error are for conversions to LoRA; merged weights hold the whole update")
     if max_lora_rank is not None and to != "vllm":
         raise ConfigError(f"max_lora_rank is for to='vllm', found to={to!r}; leave it out")
+    if about is not None:
+        destination.as_json(about)
     source = opened(adapter, base=base, name=name, base_name=base_name)
     if about is not None:
         source = dataclasses.replace(source, origin={**source.origin, "about": dict(about)})
     place = Path(out)
+    if to == "merged":
+        return merged.write(source, place, into=into, overwrite=overwrite)
     if to == "gguf":
         return gguf.write(source, place, rank=rank, error=error, dtype=dtype, overwrite=overwrite)
     if to == "vllm":

@@ -29,6 +29,8 @@ class Source:
     planned: Plan
     model: nn.Module
     """The adapted model, or one on the meta device; read for names, shapes and its config."""
+    place: str
+    """Folder of the base, or its name on the hub; "" for a model in memory."""
     base_name: str
     """What the base model is called, for the configs that name it; "" when it is not known."""
     origin: Mapping[str, Any]
@@ -94,6 +96,7 @@ def _of_model(model: nn.Module, name: str, base_name: str | None) -> Source:
     return Source(
         planned=planned,
         model=model,
+        place="",
         base_name=backbones.name_of(model) if base_name is None else base_name,
         origin=checkpoint.origin_of(model, name),
         extras={p: tensors for p, tensors in state_of(model, name).items() if p in left},
@@ -123,6 +126,7 @@ def _of_folder(path: Path, base: str | os.PathLike[str] | None, name: str, base_
     return Source(
         planned=planned,
         model=model,
+        place=place,
         base_name=(named or place) if base_name is None else base_name,
         origin=origin,
         extras={p: tensors for p, tensors in state.items() if p in left},
