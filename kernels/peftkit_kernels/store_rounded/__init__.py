@@ -21,7 +21,7 @@ OP = declare(
                 fake=lambda stored, meant: stored.new_empty(8, dtype=torch.float64),
             ),
         ),
-        sources={"cpu": "store_rounded.cpp"},
+        sources={"cpu": "store_rounded.cpp", "cuda": "store_rounded.cu"},
     )
 )
 (_store,) = OP.functions
