@@ -56,20 +56,17 @@ OP = declare(
                 "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
                 reference=reference.merge_lora_reversibly_,
                 fake=_fake_residual,
-                devices=("cpu",),
             ),
             Function(
                 schema=f"unmerge_lora_(Tensor(a!) weight, {_FACTORS}, "
                 "Tensor gaps, Tensor codes, Tensor escapes, Tensor starts) -> Tensor",
                 reference=reference.unmerge_lora_,
                 fake=_fake_checksum,
-                devices=("cpu",),
             ),
             Function(
                 schema="checksum(Tensor tensor) -> Tensor",
                 reference=reference.checksum,
                 fake=lambda tensor: tensor.new_empty(1, dtype=torch.int64),
-                devices=("cpu",),
             ),
         ),
         sources={"cpu": "merge_lora.cpp", "cuda": "merge_lora.cu"},
