@@ -43,8 +43,6 @@ def decoded(quantized: Quantized | Rows) -> Tensor:
     return dequantize_blockwise(quantized, torch.float32)
 
 
-
-
 def encoded(weight: Tensor, kind: str, block: int | None, nested: bool) -> Quantized | Rows:
     """A weight (out, in) in the nearest codes; block None is one scale a row, for int8.
 

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 DAMPING = 0.1
 """Added to the diagonal of the gram matrix, over its mean; what is not seen in calibration counts this much."""
-EMPHASES = (1.0, 4.0, 16.0, 64.0)
+EMPHASES = (0.0, 1.0, 4.0, 16.0, 64.0)
 """Weights λ of the adapter's directions, tried in turn until the least effect is kept."""
-UNSEEN_EMPHASES = EMPHASES[1:]
+UNSEEN_EMPHASES = (0.0, 4.0, 8.0, 16.0, 64.0)
 """The same without calibration inputs."""
+LEAST_EFFECT = 0.9
+"""Where the caller names none: more of the effect at the price of more noise brought logits nearer, up to here."""
+UNSEEN_LEAST_EFFECT = 0.7
+"""The same without calibration inputs, where noise costs more."""
 DIRECTIONS = 16
 """Singular directions of the change that are emphasised where none are given."""
 
@@ -36,6 +40,7 @@ EXACT = 1e-8
 """Square of the error, over that of the change, below which nothing is left to choose."""
 _ALTERNATIONS = 3
 """Of codes and low-rank residual."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Requantized:
@@ -103,7 +108,7 @@ def requantized(
             singular directions of dW.
         residual_rank: rank of what may stay beside the codes.
         least_effect: the effect to be kept. The adapter's directions are weighed up to 64 times the rest until it is;
-            this adds noise elsewhere, so look at `error` too. None: the first weight is taken.
+            this adds noise elsewhere, so look at `error` too. None: 0.9 with calibration inputs, 0.7 without.
 
     Returns:
         On the device of `target`; never further from it in the metric above than rounding to the nearest codes.
@@ -127,17 +132,18 @@ def requantized(
         none = _no_residual(goal) if residual_rank else None
         return Requantized(quantized=start or plain, residual=none, effect=1.0, error=0.0, emphasis=0.0)
     basis = _basis(directions, change)
+    wanted = least_effect
+    if wanted is None:
+        wanted = UNSEEN_LEAST_EFFECT if gram is None else LEAST_EFFECT
     for emphasis in UNSEEN_EMPHASES if gram is None else EMPHASES:
         found = _solved(goal, start, plain, _metric(inputs, basis, emphasis), residual_rank)
         moved = decoded(found.codes) - before
         if found.residual is not None:
             moved.addmm_(found.residual[1], found.residual[0])
         effect, error = _kept(moved, change, inputs)
-        if least_effect is None or effect >= least_effect:
+        if effect >= wanted:
             break
-    return Requantized(
-        quantized=found.codes, residual=found.residual, effect=effect, error=error, emphasis=emphasis
-    )
+    return Requantized(quantized=found.codes, residual=found.residual, effect=effect, error=error, emphasis=emphasis)
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,8 @@ def _checked(
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"requantized: target is {tuple(target.shape)} and {name} {tuple(tensor.shape)}; expected {name} {shape}"
+                f"requantized: target is {tuple(target.shape)} and {name} {tuple(tensor.shape)}; "
+                f"expected {name} {shape}"
             )
         if tensor.device != target.device:
             raise ValueError(f"requantized: target is on {target.device} and {name} on {tensor.device}; move them")
@@ -235,7 +242,7 @@ def _kept(moved: Tensor, change: Tensor, inputs: Tensor | None) -> tuple[float, 
     power = _sum(seen * change)
     if power <= 0:
         return 1.0, 0.0
-    effect = _sum(seen.mul_(moved)) / power
+    effect = _sum(seen * moved) / power
     return effect, max(_sum(_costs(moved - change, inputs)) / power, 0.0) ** 0.5
 
 
@@ -273,7 +280,7 @@ def _basis(directions: Tensor | None, change: Tensor) -> Tensor:
 
 
 def _leading(matrix: Tensor, metric: Tensor | None, rank: int) -> Tensor:
-    """Orthonormal columns (rows, rank): the leading eigenvectors of A M Aᵀ, by subspace iteration from a fixed start."""
+    """Orthonormal columns (rows, rank): leading eigenvectors of A M Aᵀ, by subspace iteration from a fixed start."""
     rows, columns = matrix.shape
     rank, width = min(rank, rows, columns), min(rank + 16, rows, columns)
     generator = torch.Generator().manual_seed(0)
@@ -282,8 +289,9 @@ def _leading(matrix: Tensor, metric: Tensor | None, rank: int) -> Tensor:
         back = matrix.t() @ space
         space = torch.linalg.qr(matrix @ (back if metric is None else metric @ back))[0]
     back = matrix.t() @ space
-    values, turn = torch.linalg.eigh((back.t() @ (back if metric is None else metric @ back)).double())
-    return space @ turn.flip(1)[:, :rank].to(space)
+    turn: Tensor = torch.linalg.eigh((back.t() @ (back if metric is None else metric @ back)).double())[1]
+    found: Tensor = space @ turn.flip(1)[:, :rank].to(space)
+    return found
 
 
 def _low_rank(matrix: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
