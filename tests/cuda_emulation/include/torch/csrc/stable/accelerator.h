@@ -4,11 +4,13 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 
-#undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(EXPR)                                                                   \
-  do {                                                                                         \
-    if ((EXPR) != cudaSuccess) throw std::runtime_error("CUDA emulation: " #EXPR " failed");   \
-  } while (0)
+static inline void torch_c10_cuda_check_msg(int32_t error, const char* file, const char* function, uint32_t line, bool,
+                                            char** message) {
+  if (error == 0) return;
+  const std::string text = std::string("CUDA emulation: error in ") + function + ", " + file + ":" + std::to_string(line);
+  *message = strdup(text.c_str());
+}
+static inline void torch_c10_cuda_free_error_msg(char* message) { std::free(message); }
 
 namespace torch::stable::accelerator {
 
