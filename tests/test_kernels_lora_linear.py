@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peftkit_kernels.lora_linear import lora_linear, reference
+from peftkit_kernels._case import EPSILON, assert_within, rounding
+from peftkit_kernels.lora_linear import frozen_linear, lora_linear, reference
 
 
 def problem(rows, width, out, rank, dtype=torch.float64, factor=None, seed=0):
@@ -192,3 +193,42 @@ X, W, B, D, U = torch.ones(5, 4), torch.ones(3, 4), torch.ones(3), torch.ones(2,
 def test_refuses_what_does_not_fit(arguments, options, error, message):
     with pytest.raises(error, match=message):
         lora_linear(*arguments, **options)
+
+
+def bound_of(x, weight, bias, down, up, scale, terms):
+    """How far the result may be off: one rounding of x downᵀ to the dtype of x, and those of sums in float32."""
+    size = x.double().abs()
+    of_base = size @ weight.double().abs().t() + bias.double().abs()
+    of_update = abs(scale) * (size @ down.double().abs().t()) @ up.double().abs().t()
+    return terms * EPSILON[torch.float32] * (of_base + of_update) + 4 * EPSILON[x.dtype] * of_update
+
+
+# Groups of rows, tiles of the weight and parts of its columns that are and are not whole.
+@pytest.mark.parametrize("rows", [1, 5, 7, 13, 19, 25, 32, 33])
+@pytest.mark.parametrize(("out", "width"), [(37, 2112), (3, 32), (64, 4096)])
+@pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16])
+def test_few_bfloat16_rows_are_those_of_double(rows, out, width, factor):
+    x, weight, bias, down, up = problem(rows, width, out, 5, torch.bfloat16, factor, rows)
+    wide = [t.double() for t in (x, weight, bias, down, up)]
+    wanted = torch.nn.functional.linear(*wide[:3]) + 1.5 * (wide[0] @ wide[3].t()) @ wide[4].t()
+    bound = bound_of(x, weight, bias, down, up, 1.5, width + 16)
+    slack = bound + 2 * rounding(torch.bfloat16, wanted.abs() + bound)
+    assert_within(lora_linear(x, weight, bias, down, up, 1.5), wanted, slack, "lora_linear")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 64), (0, 64), (2, 3, 64), (64,)])
+def test_frozen_linear_is_the_layer(shape, bias):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _, weight, offset, *_ = problem(1, 64, 37, 1, torch.bfloat16)
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
+    found = frozen_linear(x, weight, offset if bias else None)
+    size = x.double().abs() @ weight.double().abs().t() + offset.double().abs()
+    bound = 80 * EPSILON[torch.float32] * size
+    assert found.dtype == torch.bfloat16
+    assert_within(found, wanted, bound + rounding(torch.bfloat16, wanted.abs() + bound), "frozen_linear")
+
+
+def test_frozen_linear_wants_a_matrix():
+    with pytest.raises(ValueError, match=r"frozen_linear: expected a matrix \(out, in\), found \(4,\)"):
+        frozen_linear(torch.zeros(4), torch.zeros(4))

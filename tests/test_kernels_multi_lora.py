@@ -252,3 +252,17 @@ def test_damaged_starts_are_refused_by_compiled_code(starts, message):
     damaged = dataclasses.replace(stack, starts=torch.tensor(starts))
     with pytest.raises(RuntimeError, match=message):
         ml.multi_lora(base, x, damaged, torch.ones(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rows", [3, 32, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_and_updates_in_one_call(rows, bias):
+    _, x, stack, adapter = problem(rows, 64, 37, (4, 2, 7), torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    weight, offset = (torch.randn(*s, generator=generator).bfloat16() for s in ((37, 64), (37,)))
+    base = torch.nn.functional.linear(x.double(), weight.double(), offset.double() if bias else None)
+    expected, size = wanted(base, x, stack, adapter)
+    size = size + x.double().abs() @ weight.double().abs().t()
+    found = ml.multi_lora_linear(x, weight, offset if bias else None, stack, adapter)
+    slack = 90 * EPSILON[torch.float32] * size + 2 * rounding(torch.bfloat16, base.abs() + expected.abs() + 1e-3)
+    assert_within(found, expected, slack, "layer and updates")

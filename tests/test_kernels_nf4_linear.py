@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peftkit_kernels._case import assert_within, rounding
 from peftkit_kernels._op import NAMESPACE
 from peftkit_kernels.nf4_linear import OP, cases, nf4_linear, nf4_lora_linear, reference
 from peftkit_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
@@ -227,3 +228,18 @@ def test_reference_is_the_dense_layer():
     weight = dequantize_blockwise(quantized, torch.float64).view(9, 21)
     found = reference.nf4_linear(x, quantized.codes, quantized.absmax, 9, 64, bias, down, up, 3.0)
     torch.testing.assert_close(found, x @ (weight + 3.0 * up @ down).t() + bias, rtol=1e-12, atol=1e-12)
+
+
+# Groups of rows, tiles of the weight and parts of its columns that are and are not whole.
+@pytest.mark.parametrize("rows", [3, 4, 7, 13, 19, 64, 128, 129])
+@pytest.mark.parametrize(("out", "width"), [(37, 2176), (3, 128)])
+@pytest.mark.parametrize("block", [64, 128])
+def test_tiles_of_the_weight_are_those_of_double(rows, out, width, block):
+    quantized, down, up, bias = layer(out, width, 5, torch.bfloat16, rows, block)
+    x, codes, sizes = normal(rows, width, dtype=torch.bfloat16), quantized.codes, quantized.absmax
+    found = nf4_lora_linear(x, codes, sizes, (out, width), down, up, cases.SCALE, block, bias)
+    wide = (bias.double(), down.double(), up.double())
+    expected = reference.nf4_linear(x.double(), codes, sizes, out, block, *wide, cases.SCALE)
+    weight = reference.weight_of(codes, sizes, out, width, block, torch.float64)
+    bound = cases.bound_of(x, weight, down, up, bias)
+    assert_within(found, expected, bound + rounding(x.dtype, expected.abs() + bound), "nf4_lora_linear")

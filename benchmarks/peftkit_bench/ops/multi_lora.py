@@ -65,19 +65,12 @@ class _Problem:
 
 
 def _with_layer(device: torch.device, rows: int, adapters: int) -> Setting:
-    from peftkit_kernels.multi_lora import multi_lora_
+    from peftkit_kernels.multi_lora import multi_lora_linear
 
     problem = _Problem(device, rows, adapters, torch.bfloat16)
-
-    @torch.no_grad()
-    def ours() -> Tensor:
-        out: Tensor = problem.layer(problem.x)
-        multi_lora_(out, problem.x, problem.stack, problem.adapter)
-        return out
-
     return Setting(
         calls={
-            "peftkit": ours,
+            "peftkit": lambda: multi_lora_linear(problem.x, problem.layer.weight, None, problem.stack, problem.adapter),
             "peft": torch.no_grad()(problem.theirs(torch.bfloat16)),
             "peft, adapters in its default float32": torch.no_grad()(problem.theirs(torch.float32)),
             "the layer alone": torch.no_grad()(functools.partial(problem.layer, problem.x)),

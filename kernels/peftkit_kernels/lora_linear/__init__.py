@@ -217,3 +217,22 @@ def lora_linear(
         return found
     plain: Tensor = _forward(_rows(x), weight, bias, down, up, float(scale), float(dropout), seed)
     return plain.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.no_grad()
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weightᵀ + bias without gradients: `lora_linear` of rank 0, which multiplies a few bfloat16 rows itself.
+
+    Args:
+        x: (..., in), float64, float32, bfloat16 or float16.
+        weight: (out, in), the dtype of x.
+        bias: (out,), the dtype of x, or None.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: dtypes do not.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"frozen_linear: expected a matrix (out, in), found {tuple(weight.shape)}")
+    none_down, none_up = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
+    return lora_linear(x, weight, bias, none_down, none_up)

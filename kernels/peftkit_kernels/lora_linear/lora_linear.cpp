@@ -4,6 +4,7 @@
 // elements are dropped in one, gradients are scaled, turned and cast in one. For a few rows the update is computed here
 // too, from the factors as they are stored: casting them would cost more than multiplying with them.
 
+#include "peftkit_bfloat16.h"
 #include "peftkit_cpu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -19,6 +20,7 @@ using peftkit::ScalarType;
 using peftkit::Tensor;
 
 constexpr int64_t kFew = 4;           // rows up to which the update is computed here
+constexpr int64_t kFewHalves = 32;    // rows up to which all is, where bfloat16 can be multiplied
 constexpr int64_t kGrain = 1 << 15;   // elements a thread takes at the least
 constexpr int64_t kLevels = 1 << 16;  // of the probabilities
 
@@ -83,10 +85,7 @@ PEFTKIT_CLONES void cast(const typename From::Bits* from, typename To::Bits* to,
   for (int64_t i = 0; i < count; ++i) to[i] = To::store(From::load(from[i]) * by);
 }
 
-template <class From>
-PEFTKIT_CLONES void widen(const typename From::Bits* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = From::load(from[i]);
-}
+using peftkit::widen;
 
 // by * factor in another dtype, rounded once; the factor itself where nothing changes.
 Tensor scaled(const Tensor& factor, ScalarType type, double by) {
@@ -214,17 +213,15 @@ PEFTKIT_CLONES void add_outputs(typename Format::Bits* out, const float* up, con
   }
 }
 
-// out += gain * (x @ downᵀ) @ upᵀ for a few rows, the inner product in float.
-template <class Format, class Factor>
-void add_few(const Tensor& x, const Tensor& down, const Tensor& up, float gain, Tensor& out) {
-  const int64_t rows = x.size(0), width = x.size(1), rank = down.size(0), outputs = up.size(0);
-  const auto* from = static_cast<const typename Format::Bits*>(x.const_data_ptr());
+// gain * x @ downᵀ in float, (rows, rank).
+template <class Factor>
+std::vector<float> inner_of(const Tensor& x, const Tensor& down, float gain) {
+  const int64_t rows = x.size(0), width = x.size(1), rank = down.size(0);
   const auto* a = static_cast<const typename Factor::Bits*>(down.const_data_ptr());
-  const auto* b = static_cast<const typename Factor::Bits*>(up.const_data_ptr());
-  auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
-  std::vector<float> wide(rows * width), inner(rows * rank);
-  widen<Format>(from, wide.data(), rows * width);
-  torch::stable::parallel_for(0, rank, std::max<int64_t>(1, 4 * kGrain / (width + 1)), [&](int64_t begin, int64_t end) {
+  const std::vector<float> wide = peftkit::floats(x);
+  std::vector<float> inner(rows * rank);
+  const int64_t grain = std::max<int64_t>(1, 4 * kGrain / (rows * width + 1));
+  torch::stable::parallel_for(0, rank, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> own(width);
     for (int64_t k = begin; k < end; ++k) {
       widen<Factor>(a + k * width, own.data(), width);
@@ -233,6 +230,16 @@ void add_few(const Tensor& x, const Tensor& down, const Tensor& up, float gain, 
       }
     }
   });
+  return inner;
+}
+
+// out += gain * (x @ downᵀ) @ upᵀ for a few rows, the inner product in float.
+template <class Format, class Factor>
+void add_few(const Tensor& x, const Tensor& down, const Tensor& up, float gain, Tensor& out) {
+  const int64_t rows = x.size(0), rank = down.size(0), outputs = up.size(0);
+  const auto* b = static_cast<const typename Factor::Bits*>(up.const_data_ptr());
+  auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
+  const std::vector<float> inner = inner_of<Factor>(x, down, gain);
   torch::stable::parallel_for(0, outputs, std::max<int64_t>(1, 4 * kGrain / (rank + 1)), [&](int64_t begin, int64_t end) {
     constexpr int64_t kBlock = 64;
     std::vector<float> own(kBlock * rank);
@@ -246,6 +253,44 @@ void add_few(const Tensor& x, const Tensor& down, const Tensor& up, float gain, 
   });
 }
 
+#ifdef PEFTKIT_AVX512BF16
+// Whether layer and update are computed here, the layer in bfloat16 and all sums in float.
+bool in_halves(const Tensor& x) {
+  return peftkit::cpu().avx512bf16 && x.scalar_type() == ScalarType::BFloat16 && x.size(0) > 0 &&
+         x.size(0) <= kFewHalves && x.size(1) > 0 && x.size(1) % peftkit::rows::kVector == 0;
+}
+
+// x @ weightᵀ + bias + gain * (own @ downᵀ) @ upᵀ, rounded once.
+Tensor few_halves(const Tensor& x, const Tensor& own, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const Tensor& down, const Tensor& up, float gain) {
+  const int64_t rows = x.size(0), rank = down.size(0), outputs = weight.size(0);
+  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == outputs && bias->scalar_type() == x.scalar_type()),
+                  "lora_linear: expected a contiguous bias (out,) of the dtype of x");
+  Tensor out = torch::stable::new_empty(x, {rows, outputs});
+  if (outputs == 0) return out;
+  const auto* onto = bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr;
+  peftkit::with_format(down.scalar_type(), "lora_linear", [&](auto factor) {
+    using Factor = decltype(factor);
+    const auto* b = static_cast<const typename Factor::Bits*>(up.const_data_ptr());
+    const std::vector<float> inner = rank ? inner_of<Factor>(own, down, gain) : std::vector<float>{};
+    const auto start = [&](int64_t first, int64_t count, float* sums) {
+      if (onto) {
+        widen<peftkit::Bfloat16>(onto + first, sums, count);
+        for (int64_t row = 1; row < rows; ++row) std::copy_n(sums, count, sums + row * peftkit::rows::kOut);
+      }
+      if (rank == 0) return;
+      float* part = peftkit::scratch<float, 4>(static_cast<size_t>(count * rank));
+      widen<Factor>(b + first * rank, part, count * rank);
+      peftkit::add_update(inner.data(), rows, rank, part, count, sums);
+    };
+    peftkit::rows::linear_dense(static_cast<const uint16_t*>(x.const_data_ptr()), rows,
+                                {static_cast<const uint16_t*>(weight.const_data_ptr()), outputs, x.size(1)},
+                                static_cast<uint16_t*>(out.mutable_data_ptr()), start);
+  });
+  return out;
+}
+#endif
+
 Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor down, Tensor up, double scale,
                double probability, Seed seed) {
   check(x, weight, down, up);
@@ -255,6 +300,12 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor down,
   if (!chance.drops() && merges(rows, weight, rank, type)) {
     return linear(x, merged(weight, scaled(up, type, chance.gain), scaled(down, type, 1.0)), bias);
   }
+#ifdef PEFTKIT_AVX512BF16
+  if (in_halves(x)) {
+    const Tensor own = chance.drops() ? dropped_of(x, chance) : x;
+    return few_halves(x, own, weight, bias, down, up, static_cast<float>(chance.gain));
+  }
+#endif
   Tensor out = linear(x, weight, bias);
   if (rows == 0 || rank == 0 || out.numel() == 0) return out;
   const Tensor own = chance.drops() ? dropped_of(x, chance) : x;

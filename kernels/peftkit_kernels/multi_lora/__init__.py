@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels._op import Function, Op, declare
+from peftkit_kernels.lora_linear import frozen_linear
 from peftkit_kernels.multi_lora import reference
 
 _ROWS = "Tensor starts, Tensor scales, Tensor adapter"
@@ -256,3 +257,26 @@ def multi_lora_(base: Tensor, x: Tensor, stack: Stack, adapter: Tensor) -> None:
     _expand(whole, hidden, stack.up.contiguous(), starts, stack.scales, rows)
     if whole.data_ptr() != base.data_ptr():
         base.copy_(whole.reshape(base.shape))
+
+
+@torch.no_grad()
+def multi_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: Stack, adapter: Tensor) -> Tensor:
+    """x @ weightᵀ + bias and the low-rank updates, without gradients: a layer and its adapters for one batch.
+
+    Args:
+        x: (..., in), the dtype of the weight.
+        weight: (out, in), frozen.
+        bias: (out,), or None.
+        stack: the adapters.
+        adapter: as for `multi_lora`.
+
+    Returns:
+        (..., out), of the dtype of x; rounded after the layer and after the updates.
+
+    Raises:
+        ValueError: shapes or devices do not fit together, or an adapter that there is not.
+        TypeError: a dtype that does not fit.
+    """
+    out = frozen_linear(x, weight, bias)
+    multi_lora_(out, x, stack, adapter)
+    return out

@@ -5,17 +5,16 @@
 // product; the low-rank update and the bias are further columns of the factors of that product, so that the result is
 // rounded once.
 
+#include "peftkit_bfloat16.h"
 #include "peftkit_cpu.h"
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define PEFTKIT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c")))
 #define PEFTKIT_AVX2 __attribute__((target("avx2")))
-#define PEFTKIT_AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,avx512bf16")))
 #endif
 
 namespace {
@@ -24,6 +23,8 @@ using peftkit::ScalarType;
 using peftkit::Tensor;
 
 constexpr int64_t kFew = 16;                   // rows up to which weights are multiplied where they are looked up
+constexpr int64_t kVeryFew = 3;                // the same where tiles of them are multiplied in bfloat16,
+constexpr int64_t kSome = 128;                 // which happens up to so many rows
 constexpr int64_t kGroup = 8;                  // rows of x that share a lookup
 constexpr int64_t kPanelBytes = 4 << 20;       // of dequantized weights
 constexpr int64_t kAhead = 4096;               // bytes of codes that are asked for before they are read
@@ -56,36 +57,7 @@ struct Weight {
   bool aligned() const { return columns % block == 0; }
 };
 
-#ifdef PEFTKIT_AVX512
-bool has_avx2() {
-  static const bool found = __builtin_cpu_supports("avx2");
-  return found;
-}
-bool has_avx512() {
-  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return found;
-}
-bool has_avx512bf16() {
-  static const bool found = has_avx512() && __builtin_cpu_supports("avx512bf16");
-  return found;
-}
-#endif
-
-// Memory that a thread keeps between calls: fresh pages cost more than the work that is done in them.
-template <class T>
-T* scratch(size_t count) {
-  constexpr size_t alignment = 64;
-  thread_local std::unique_ptr<char[]> held;
-  thread_local size_t bytes = 0;
-  if (bytes < count * sizeof(T) + alignment) {
-    held.reset();
-    bytes = count * sizeof(T) + alignment;
-    held.reset(new char[bytes]);
-  }
-  const auto at = reinterpret_cast<uintptr_t>(held.get());
-  return reinterpret_cast<T*>((at + alignment - 1) / alignment * alignment);
-}
+using peftkit::scratch;
 
 // Dequantizing ----------------------------------------------------------------------------------------------------------
 
@@ -197,9 +169,9 @@ PEFTKIT_AVX2 void dequantize256(const Weight& weight, int64_t first, int64_t cou
 template <class Format>
 void dequantize(const Weight& weight, int64_t first, int64_t count, typename Format::Bits* out) {
 #ifdef PEFTKIT_AVX512
-  if (has_avx2() && first % weight.block == 0) {
+  if (peftkit::cpu().avx2 && first % weight.block == 0) {
     const int64_t whole = count / 32 * 32;
-    if (has_avx512()) {
+    if (peftkit::cpu().avx512) {
       dequantize512<Format>(weight, first, whole, out);
     } else {
       dequantize256<Format>(weight, first, whole, out);
@@ -234,19 +206,8 @@ PEFTKIT_CLONES float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-template <class Format>
-PEFTKIT_CLONES void widen(const typename Format::Bits* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = Format::load(from[i]);
-}
-
 std::vector<float> floats(const std::optional<Tensor>& tensor) {
-  if (!tensor) return {};
-  std::vector<float> out(tensor->numel());
-  peftkit::with_format(tensor->scalar_type(), "nf4_linear", [&](auto tag) {
-    using Format = decltype(tag);
-    widen<Format>(static_cast<const typename Format::Bits*>(tensor->const_data_ptr()), tensor->numel(), out.data());
-  });
-  return out;
+  return tensor ? peftkit::floats(*tensor) : std::vector<float>{};
 }
 
 // A factor of the update or a bias, read as floats piece by piece.
@@ -262,28 +223,10 @@ struct Factor {
   void read(int64_t first, int64_t count, float* to) const {
     peftkit::with_format(type, "nf4_linear", [&](auto tag) {
       using Format = decltype(tag);
-      widen<Format>(static_cast<const typename Format::Bits*>(data) + first, count, to);
+      peftkit::widen<Format>(static_cast<const typename Format::Bits*>(data) + first, to, count);
     });
   }
 };
-
-// sums[m][r] += sum over k of inner[m][k] * up[k][r], r up to 32.
-PEFTKIT_CLONES void add_update(const float* inner, int64_t rows, int64_t rank, const float* up, float* sums) {
-  for (int64_t m = 0; m < rows; ++m) {
-    Lanes low, high;
-    std::memcpy(&low, sums + 32 * m, sizeof low);
-    std::memcpy(&high, sums + 32 * m + 16, sizeof high);
-    for (int64_t k = 0; k < rank; ++k) {
-      Lanes first, second;
-      std::memcpy(&first, up + 32 * k, sizeof first);
-      std::memcpy(&second, up + 32 * k + 16, sizeof second);
-      low += inner[m * rank + k] * first;
-      high += inner[m * rank + k] * second;
-    }
-    std::memcpy(sums + 32 * m, &low, sizeof low);
-    std::memcpy(sums + 32 * m + 16, &high, sizeof high);
-  }
-}
 
 #ifdef PEFTKIT_AVX512
 
@@ -339,31 +282,91 @@ PEFTKIT_AVX512 void products(const float* x, const Weight& weight, int64_t row, 
   }
 }
 
-// Where the number at place i of a bfloat16 row goes, for `products_bf16`: of 128 numbers first those at even places, and
-// of each the numbers of four groups of 32, eight at a time.
-void order_bf16(const uint16_t* from, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; i += 128) {
-    for (int64_t part = 0; part < 4; ++part) {
-      for (int64_t lane = 0; lane < 4; ++lane) {
-        const uint16_t* own = from + i + 32 * lane + 16 * (part % 2) + part / 2;
-        for (int64_t k = 0; k < 8; ++k) *to++ = own[2 * k];
-      }
+// The order of 128 numbers of a bfloat16 row, as four vectors that lie `step` apart, for lookups a byte at a time: first
+// those at even places, and of each the numbers of four groups of 32, eight at a time.
+void order_bf16(const uint16_t* from, uint16_t* to, int64_t step) {
+  for (int64_t part = 0; part < 4; ++part) {
+    for (int64_t lane = 0; lane < 4; ++lane) {
+      const uint16_t* own = from + 32 * lane + 16 * (part % 2) + part / 2;
+      for (int64_t k = 0; k < 8; ++k) to[part * step + 8 * lane + k] = own[2 * k];
     }
   }
 }
 
-// The same for bfloat16 rows ordered as above, of a multiple of 128 columns in blocks of 64 or more. The scaled values of
-// codes are rounded to bfloat16 and looked up a byte at a time.
+// Lookups of 128 codes in such an order.
+struct Lookup {
+  __m512 values;
+  __m512i nibble, bytes, lower, upper;
+};
+
+PEFTKIT_AVX512BF16 inline Lookup lookup() {
+  return {_mm512_loadu_ps(kValues), _mm512_set1_epi8(15),
+          // In each half of a register 16 numbers to their lower bytes, twice, and to their upper ones.
+          _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0)),
+          _mm512_set_epi64(6, 4, 6, 4, 2, 0, 2, 0), _mm512_set_epi64(7, 5, 7, 5, 3, 1, 3, 1)};
+}
+
+// The scaled values of codes are rounded to bfloat16 and looked up a byte at a time; `first` and `second` are the sizes of
+// the halves; codes `ahead` are asked for.
+PEFTKIT_AVX512BF16 inline __attribute__((always_inline)) void look_up_128(const Lookup& table, const uint8_t* codes,
+                                                                          int64_t ahead, float first, float second,
+                                                                          __m512bh (&own)[4]) {
+  const __m512 a = _mm512_mul_ps(table.values, _mm512_set1_ps(first));
+  const __m512 b = _mm512_mul_ps(table.values, _mm512_set1_ps(second));
+  const __m512i rounded = _mm512_shuffle_epi8(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)), table.bytes);
+  const __m512i low = _mm512_permutexvar_epi64(table.lower, rounded);
+  const __m512i high = _mm512_permutexvar_epi64(table.upper, rounded);
+  // Rows are too short for the processor to find out that they follow each other.
+  _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
+  const __m512i both = _mm512_loadu_si512(codes);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi16(both, 4), table.nibble);
+  const __m512i odd = _mm512_and_si512(both, table.nibble);
+  const __m512i even_low = _mm512_shuffle_epi8(low, even), even_high = _mm512_shuffle_epi8(high, even);
+  const __m512i odd_low = _mm512_shuffle_epi8(low, odd), odd_high = _mm512_shuffle_epi8(high, odd);
+  own[0] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(even_low, even_high));
+  own[1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(even_low, even_high));
+  own[2] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(odd_low, odd_high));
+  own[3] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(odd_low, odd_high));
+}
+
+// A weight as the source of tiles in bfloat16.
+struct Tiles {
+  static constexpr bool kReads = false;
+  const Weight& weight;
+  int64_t height, columns;
+
+  PEFTKIT_AVX512BF16 int64_t tile(int64_t row, int64_t column, int64_t width, int64_t next, uint16_t* panel,
+                                  const uint16_t** w) const {
+    using peftkit::rows::kTile, peftkit::rows::kVector;
+    const Lookup table = lookup();
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(weight.block));
+    for (int64_t r = 0; r < kTile; ++r) {
+      uint16_t* to = panel + r * kVector;
+      w[r] = to;
+      const int64_t first = std::min(row + r, height - 1) * columns + column;
+      const uint8_t* codes = weight.codes + first / 2;
+      const int64_t ahead = next < 0 ? 0 : next + r * columns - first;
+      for (int64_t i = 0; i < width; i += 128) {
+        __m512bh own[4];
+        const int64_t at = first + i;
+        _mm_prefetch(reinterpret_cast<const char*>(weight.sizes + ((at + ahead) >> shift)), _MM_HINT_T0);
+        look_up_128(table, codes + i / 2, ahead / 2, weight.sizes[at >> shift], weight.sizes[(at + 64) >> shift], own);
+        for (int64_t part = 0; part < 4; ++part) {
+          _mm512_store_si512(to + (i + kVector * part) * kTile, reinterpret_cast<__m512i>(own[part]));
+        }
+      }
+    }
+    return kTile * kVector;
+  }
+};
+
+// The same as `products` for bfloat16 rows ordered as above, of a multiple of 128 columns in blocks of 64 or more.
 template <int kRows, int kWeights>
 PEFTKIT_AVX512BF16 void products_bf16(const uint16_t* x, const Weight& weight, int64_t row, int64_t begin, int64_t end,
                                       float* sums) {
   const int64_t columns = weight.columns, blocks = columns / weight.block;
   const int shift = __builtin_ctzll(static_cast<uint64_t>(weight.block));
-  const __m512 values = _mm512_loadu_ps(kValues);
-  const __m512i nibble = _mm512_set1_epi8(15);
-  // In each half of a register 16 numbers to their lower bytes, twice, and to their upper ones.
-  const __m512i bytes = _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
-  const __m512i lower = _mm512_set_epi64(6, 4, 6, 4, 2, 0, 2, 0), upper = _mm512_set_epi64(7, 5, 7, 5, 3, 1, 3, 1);
+  const Lookup table = lookup();
   // Few rows have their sums in two parts, for additions that do not wait for each other.
   constexpr int kParts = kRows <= 3 ? 2 : 1;
   __m512 total[kRows * kParts][kWeights];
@@ -379,21 +382,8 @@ PEFTKIT_AVX512BF16 void products_bf16(const uint16_t* x, const Weight& weight, i
 #pragma GCC unroll 8
     for (int r = 0; r < kWeights; ++r) {
       const float* size = sizes + r * blocks;
-      const __m512 first = _mm512_mul_ps(values, _mm512_set1_ps(size[i >> shift]));
-      const __m512 second = _mm512_mul_ps(values, _mm512_set1_ps(size[(i + 64) >> shift]));
-      const __m512i rounded = _mm512_shuffle_epi8(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)), bytes);
-      const __m512i low = _mm512_permutexvar_epi64(lower, rounded), high = _mm512_permutexvar_epi64(upper, rounded);
-      const uint8_t* from = codes + (r * columns + i) / 2;
-      // Rows are too short for the processor to find out that they follow each other.
-      _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
-      const __m512i both = _mm512_loadu_si512(from);
-      const __m512i even = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble), odd = _mm512_and_si512(both, nibble);
-      const __m512i even_low = _mm512_shuffle_epi8(low, even), even_high = _mm512_shuffle_epi8(high, even);
-      const __m512i odd_low = _mm512_shuffle_epi8(low, odd), odd_high = _mm512_shuffle_epi8(high, odd);
-      own[r][0] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(even_low, even_high));
-      own[r][1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(even_low, even_high));
-      own[r][2] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(odd_low, odd_high));
-      own[r][3] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(odd_low, odd_high));
+      _mm_prefetch(reinterpret_cast<const char*>(size + ((i + 2 * kAhead) >> shift)), _MM_HINT_T0);
+      look_up_128(table, codes + (r * columns + i) / 2, kAhead, size[i >> shift], size[(i + 64) >> shift], own[r]);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -490,65 +480,106 @@ PEFTKIT_CLONES void split(const float* from, int64_t count, float* to) {
 
 #endif
 
+// What the sums of a few rows start with: the bias, and the low-rank update.
+struct Start {
+  static constexpr int64_t kTile = 32;  // rows of the weight whose results are kept together
+  Factor bias, up;
+  int64_t rows, rank = 0;
+  std::vector<float> inner;  // scale * x downᵀ, (rows, rank)
+
+  Start(int64_t count, const std::optional<Tensor>& own_bias, const std::optional<Tensor>& own_up)
+      : bias(own_bias), up(own_up), rows(count) {}
+
+  template <class Format>
+  void multiply(const typename Format::Bits* x, int64_t columns, const Tensor& down, float scale, bool halves) {
+    rank = down.size(0);
+    inner.resize(static_cast<size_t>(rows * rank));
+    const Factor own(down);
+    const bool narrow = halves && own.type == ScalarType::BFloat16;
+    std::vector<float> wide(narrow ? 0 : rows * columns);
+    if (!narrow) peftkit::widen<Format>(x, wide.data(), rows * columns);
+    torch::stable::parallel_for(0, rank, std::max<int64_t>(1, kGrain / (rows * columns + 1)), [&](int64_t begin, int64_t end) {
+      std::vector<float> line(narrow ? 0 : columns);
+      for (int64_t k = begin; k < end; ++k) {
+#ifdef PEFTKIT_AVX512
+        if (narrow) {
+          const auto* from = static_cast<const uint16_t*>(own.data) + k * columns;
+          if constexpr (sizeof *x == 2) {
+            for (int64_t m = 0; m < rows; ++m) inner[m * rank + k] = scale * dot_bf16(x + m * columns, from, columns);
+          }
+          continue;
+        }
+#endif
+        own.read(k * columns, columns, line.data());
+        for (int64_t m = 0; m < rows; ++m) inner[m * rank + k] = scale * dot(wide.data() + m * columns, line.data(), columns);
+      }
+    });
+  }
+
+  // Of the weight's rows from `first` on, `count` of them.
+  void operator()(int64_t first, int64_t count, float* sums) const {
+    if (bias.data) {
+      bias.read(first, count, sums);
+      for (int64_t m = 1; m < rows; ++m) std::copy_n(sums, count, sums + m * kTile);
+    }
+    if (rank == 0) return;
+    float* part = scratch<float, 4>(static_cast<size_t>(rank * kTile));
+    up.read(first * rank, count * rank, part);
+    peftkit::add_update(inner.data(), rows, rank, part, count, sums);
+  }
+};
+
+// Whether bfloat16 rows can be multiplied with the weight in bfloat16.
+bool in_halves(const Weight& weight) {
+  return peftkit::cpu().avx512bf16 && weight.aligned() && weight.columns % 128 == 0 && weight.block >= 64;
+}
+
 template <class Format>
 void few(const typename Format::Bits* x, int64_t rows, const Weight& weight, const std::optional<Tensor>& bias,
          const std::optional<Tensor>& down, const std::optional<Tensor>& up, float scale,
          typename Format::Bits* out) {
   using Bits = typename Format::Bits;
-  const int64_t columns = weight.columns, rank = down ? down->size(0) : 0;
-  const Factor own_bias(bias), own_down(down), own_up(up);
+  const int64_t columns = weight.columns;
   bool floating = false, halves = false;  // which of the products above is used, if one is
 #ifdef PEFTKIT_AVX512
-  halves = std::is_same_v<Format, peftkit::Bfloat16> && has_avx512bf16() && weight.aligned() && columns % 128 == 0 &&
-           weight.block >= 64;
-  floating = !halves && has_avx512() && weight.aligned();
+  halves = std::is_same_v<Format, peftkit::Bfloat16> && in_halves(weight);
+  floating = !halves && peftkit::cpu().avx512 && weight.aligned();
 #endif
-  const bool short_dots = halves && rank && own_down.type == ScalarType::BFloat16;
-  std::vector<float> wide(halves && (short_dots || !rank) ? 0 : rows * columns);
-  if (!wide.empty()) widen<Format>(x, rows * columns, wide.data());
-  std::vector<float> inner(rows * rank), line(columns);
-  for (int64_t k = 0; k < rank; ++k) {
+  Start start(rows, bias, up);
+  if (down) start.multiply<Format>(x, columns, *down, scale, halves);
 #ifdef PEFTKIT_AVX512
-    if (short_dots) {
-      const auto* from = static_cast<const uint16_t*>(own_down.data) + k * columns;
-      if constexpr (sizeof(Bits) == 2) {
-        for (int64_t m = 0; m < rows; ++m) inner[m * rank + k] = scale * dot_bf16(x + m * columns, from, columns);
-      }
-      continue;
+  if constexpr (std::is_same_v<Format, peftkit::Bfloat16>) {
+    if (halves && rows > kVeryFew) {
+      const uint16_t* own = peftkit::rows::packed<128>(x, rows, columns, order_bf16);
+      peftkit::rows::linear(own, rows, Tiles{weight, weight.rows, columns}, out, start);
+      return;
     }
-#endif
-    own_down.read(k * columns, columns, line.data());
-    for (int64_t m = 0; m < rows; ++m) inner[m * rank + k] = scale * dot(wide.data() + m * columns, line.data(), columns);
   }
+#endif
+  std::vector<float> wide(halves ? 0 : rows * columns);
+  if (!halves) peftkit::widen<Format>(x, wide.data(), rows * columns);
 #ifdef PEFTKIT_AVX512
   // In memory that starts with a cache line: a load that crosses two of them takes twice as long.
   uint16_t* ordered = nullptr;
   float* apart = nullptr;
   if constexpr (std::is_same_v<Format, peftkit::Bfloat16>) {
-    if (halves) order_bf16(x, rows * columns, ordered = scratch<uint16_t>(rows * columns));
+    if (halves) {
+      ordered = scratch<uint16_t>(rows * columns);
+      for (int64_t i = 0; i < rows * columns; i += 128) order_bf16(x + i, ordered + i, 32);
+    }
   }
   if (floating) split(wide.data(), rows * columns, apart = scratch<float>(rows * columns));
 #endif
-  constexpr int64_t tile = 32;  // rows of the weight whose results are kept together
+  constexpr int64_t tile = Start::kTile;
   const int64_t tiles = (weight.rows + tile - 1) / tile;
   const int64_t grain = std::max<int64_t>(1, kGrain / (tile * std::max<int64_t>(columns, 1)));
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     float sums[kFew * tile];
-    std::vector<float> row(halves || floating ? 0 : columns), part(rank * tile), turned(rank * tile);
+    std::vector<float> row(halves || floating ? 0 : columns);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * tile, count = std::min(tile, weight.rows - first);
       std::fill_n(sums, rows * tile, 0.0f);
-      if (bias) {
-        own_bias.read(first, count, sums);
-        for (int64_t m = 1; m < rows; ++m) std::copy_n(sums, count, sums + m * tile);
-      }
-      if (rank) {
-        own_up.read(first * rank, count * rank, part.data());
-        for (int64_t k = 0; k < rank; ++k) {
-          for (int64_t r = 0; r < count; ++r) turned[k * tile + r] = part[r * rank + k];
-        }
-        add_update(inner.data(), rows, rank, turned.data(), sums);
-      }
+      start(first, count, sums);
 #ifdef PEFTKIT_AVX512
       if (halves) {
         multiply(ordered, rows, weight, first, count, sums, tile);
@@ -730,7 +761,8 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor sizes, int64_t height, int64_t 
   peftkit::with_format(x.scalar_type(), "nf4_linear", [&](auto tag) {
     using Format = decltype(tag);
     auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
-    if (x.size(0) <= kFew) {
+    const bool halves = std::is_same_v<Format, peftkit::Bfloat16> && in_halves(weight);
+    if (x.size(0) <= (halves ? kSome : kFew)) {
       few<Format>(static_cast<const typename Format::Bits*>(x.const_data_ptr()), x.size(0), weight, bias, down, up,
                   static_cast<float>(scale), to);
     } else {
