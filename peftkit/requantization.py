@@ -136,7 +136,8 @@ def requantized(
     if wanted is None:
         wanted = UNSEEN_LEAST_EFFECT if gram is None else LEAST_EFFECT
     for emphasis in UNSEEN_EMPHASES if gram is None else EMPHASES:
-        found = _solved(goal, start, plain, _metric(inputs, basis, emphasis), residual_rank)
+        metric = None if inputs is None and not emphasis else _metric(inputs, basis, emphasis)
+        found = _solved(goal, start, plain, metric, residual_rank)
         moved = decoded(found.codes) - before
         if found.residual is not None:
             moved.addmm_(found.residual[1], found.residual[0])
@@ -159,7 +160,7 @@ class _Candidate:
 
 
 def _solved(
-    goal: Tensor, start: Quantized | Rows | None, plain: Quantized | Rows, metric: Tensor, rank: int
+    goal: Tensor, start: Quantized | Rows | None, plain: Quantized | Rows, metric: Tensor | None, rank: int
 ) -> _Candidate:
     """The best codes and residual that were found, the old codes and plain rounding among them."""
 
@@ -171,10 +172,14 @@ def _solved(
             rest.addmm_(residual[1], residual[0], alpha=-1)
         return _Candidate(codes, residual, _costs(rest, metric))
 
-    grid = Grid.refined(goal, plain, metric.diagonal()) if start is None else Grid(start)
+    importance = goal.new_ones(goal.shape[1]) if metric is None else metric.diagonal()
+    grid = Grid.refined(goal, plain, importance) if start is None else Grid(start)
     taken = candidate(grid.quantized())
     best = min(taken, candidate(plain), key=lambda one: one.cost)
     if start is not None and rank and best.cost <= EXACT * _sum(_costs(goal - decoded(start), metric)):
+        return best
+    if metric is None:
+        # Rounding is the best choice where columns do not matter to each other.
         return best
     search = Search(metric)
     for turn in range(_ALTERNATIONS if rank else 1):
@@ -294,7 +299,7 @@ def _leading(matrix: Tensor, metric: Tensor | None, rank: int) -> Tensor:
     return found
 
 
-def _low_rank(matrix: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _low_rank(matrix: Tensor, metric: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """down (k, in) and up (out, k), balanced, whose product is nearest to a matrix in the metric."""
     up = _leading(matrix, metric, rank)
     down = up.t() @ matrix
