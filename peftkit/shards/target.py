@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -167,7 +166,6 @@ class Writer:
         part = self.path / f"{shard.file}.part"
         self._descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            _reserve(self._descriptor, shard.size)
             os.pwrite(self._descriptor, shard.header, 0)
             yield
             os.fsync(self._descriptor)
@@ -243,21 +241,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Takes the file's room on the disk at once, where the file system can.
-
-    Raises:
-        OSError: there is not so much room.
-    """
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except AttributeError:  # pragma: no cover - another system
-        return
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
 
 
 def _sync(path: Path) -> None:
