@@ -140,7 +140,7 @@ def cells(suite: Suite, prepared: Prepared) -> list[Cell]:
             resolved[name] = subjects.subject(contender.subject).resolve(skeleton, contender, suite.budget)
         except PeftkitError as error:
             raise BenchError(f"contender {name}: {error}") from error
-    versions = _versions()
+    known = versions()
     found = []
     for seed in suite.seeds:
         for name, contender in suite.contenders.items():
@@ -155,7 +155,7 @@ def cells(suite: Suite, prepared: Prepared) -> list[Cell]:
                     "split": suite.split,
                     "data": [prepared.data["hash"], prepared.data["max_tokens"]],
                     "backbone": prepared.backbone["hash"] or prepared.folder,
-                    "versions": {each: versions.get(each) for each in DECISIVE},
+                    "versions": {each: known.get(each) for each in DECISIVE},
                 }
                 variant = digest(identity)
                 key = digest([variant, name, seed])
@@ -166,7 +166,7 @@ def cells(suite: Suite, prepared: Prepared) -> list[Cell]:
     return found
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of what decides the result; peftkit's own also where it runs from a source tree."""
     return {**record.versions(), "peftkit": peftkit.__version__}
 
@@ -192,7 +192,7 @@ def _run_cells(
     failures: list[str] = []
     if not pending:
         return failures
-    stamp = {**record.environment(), "versions": _versions()}
+    stamp = {**record.environment(), "versions": versions()}
     threads = max(1, min(stamp["cores"] // jobs, torch.get_num_threads()))
     context = _context(prepared)
     waiting = iter(
@@ -210,7 +210,7 @@ def _run_cells(
         start = time.monotonic()
         for done, (cell, outcome) in enumerate(_outcomes(context, waiting, jobs), start=1):
             left = (time.monotonic() - start) / done * (len(pending) - done)
-            bar.update(shown, completed=done, left=f"about {_duration(left)} left")
+            bar.update(shown, completed=done, left=f"about {duration(left)} left")
             if isinstance(outcome, Record):
                 writer.append(outcome)
                 line = f"accuracy {100 * outcome.accuracy:5.1f} %, {outcome.cell_seconds:4.1f} s"
@@ -219,7 +219,7 @@ def _run_cells(
                 line = "FAILED: " + outcome.strip().splitlines()[-1]
             console.print(
                 f"[{done:>3}/{len(pending)}] {cell.name:<14} seed {cell.seed}  lr {cell.learning_rate:<7g} {line}"
-                f"   {_duration(left)} left",
+                f"   {duration(left)} left",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
@@ -227,7 +227,8 @@ def _run_cells(
     return failures
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as "2 min 05 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
@@ -291,7 +292,7 @@ def run_cell(job: Job) -> Record:
     task, subject = TASKS[suite.task](), subjects.subject(cell.contender.subject)
     torch.set_num_threads(job.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with measure.timed() as whole, _quiet():
+    with measure.timed() as whole, quiet():
         memory = measure.PeakMemory(device)
         torch.manual_seed(cell.seed)
         model = task.model(prepared).to(device)
@@ -301,7 +302,7 @@ def run_cell(job: Job) -> Record:
         ]
         memory.start()
         with measure.timed() as training:
-            losses = _train(job, model, batches)
+            losses = train(job, model, batches)
         peak_bytes = memory.peak_bytes()
         with measure.timed() as evaluation:
             predictions = task.predict(model, prepared)
@@ -364,7 +365,7 @@ def run_cell(job: Job) -> Record:
     )
 
 
-def _train(job: Job, model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> list[float]:
+def train(job: Job, model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> list[float]:
     """Trains with AdamW, a linear warm-up and a linear decay to zero; returns the loss of each step."""
     training = job.suite.training
     task, subject = TASKS[job.suite.task](), subjects.subject(job.cell.contender.subject)
@@ -402,7 +403,7 @@ def _timed_forward(model: nn.Module, probe: dict[str, torch.Tensor]) -> tuple[fl
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' loading bars and notes about the new head off the screen."""
     from transformers.utils import logging
 

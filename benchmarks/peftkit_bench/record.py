@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO, TypeVar
 
 try:
     import fcntl
 except ImportError:  # pragma: no cover - Windows has no file locks of this kind
     fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
 
 SCHEMA = 1
 FILE = "records.jsonl"
@@ -42,8 +44,26 @@ class RecordError(ValueError):
     """A file of records that cannot be read, or that another run is writing."""
 
 
+class _Line:
+    """A dataclass that is one line of a file of records."""
+
+    def to_line(self) -> str:
+        """The record as one line of JSON with sorted keys."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Self:
+        """The record that a line holds.
+
+        Raises:
+            RecordError: the line is not JSON, or its fields are not those of this version.
+        """
+        return _filled(cls, _loaded(line))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(_Line):
     """One finished cell: what was run, on what, where, and what came out."""
 
     key: str
@@ -121,33 +141,103 @@ class Record:
     """The whole cell: loading, training, predicting, measuring."""
     schema: int = field(default=SCHEMA)
 
-    def to_line(self) -> str:
-        """The record as one line of JSON with sorted keys."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
-    @classmethod
-    def from_line(cls, line: str) -> Record:
-        """The record that a line holds.
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord(_Line):
+    """One merge of one adapter: who merged it into what, and what is left of its effect.
 
-        Raises:
-            RecordError: the line is not JSON, or its fields are not those of this version.
-        """
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecordError(f"expected one JSON object, found {line[:60]!r}: {error.msg}") from None
-        if not isinstance(found, dict):
-            raise RecordError(f"expected a JSON object, found a {type(found).__name__}")
-        if found.get("schema") != SCHEMA:
-            raise RecordError(
-                f"expected a record of schema {SCHEMA}, found {found.get('schema')!r}; "
-                "read it with the version of peftkit that wrote it"
-            )
-        names = {f.name for f in dataclasses.fields(cls)}
-        if set(found) != names:
-            missing, unknown = sorted(names - set(found)), sorted(set(found) - names)
-            raise RecordError(f"a record misses fields {missing} and has unknown fields {unknown}")
-        return cls(**found)
+    Pairs are (effect kept, error): ⟨y' - y, y* - y⟩ / ‖y* - y‖² and ‖y' - y*‖ / ‖y* - y‖, with y of the base, y* of the
+    base with the adapter unmerged, and y' of the merged weights.
+    """
+
+    key: str
+    """Hash of everything that determines the result; a finished key is not run again."""
+    suite: str
+    title: str
+    adapter: str
+    """Name of the adapter in the suite."""
+    method: str
+    config: Mapping[str, Any]
+    learning_rate: float
+    seed: int
+    scaled: str | None
+    """The parameter that was scaled to reach the size; None: as trained."""
+    asked_size: float | None
+    """‖ΔW‖ / ‖W‖ that the change was scaled to; None: as trained."""
+    size: float
+    """‖ΔW‖ / ‖W‖ over all sites, on the base that is merged into."""
+    contender: str
+    """Name of the route in the suite."""
+    tool: str
+    base: str
+    """How the weights were stored before."""
+    into: str
+    """How they were to be stored."""
+    calibrated: bool
+    residual_rank: int
+    calibration_rows: int
+    judged_rows: int
+    minimum_effect: float
+    """What peftkit was asked to keep."""
+    refused: str | None
+    """Why the tool did not merge; with numbers beside it: why peftkit did not until it was asked to keep nothing."""
+    kept: Mapping[str, Mapping[str, Sequence[float]]]
+    """Pairs by base ("nf4": that of the training, "bf16": the original, "int8") and by what they are of: "weights",
+    "activations" (X Wᵀ of each site for unseen inputs X), "logits". The merge's own base comes first."""
+    as_run: Sequence[float] | None
+    """The pair of the logits that the merged model's own layers compute, on its own base."""
+    sites: Mapping[str, Sequence[float]]
+    """By site, on the merge's own base: ‖ΔW‖ / ‖W‖, and the pairs of weights and of activations."""
+    bytes_per_weight: float | None
+    """At the sites, biases left out."""
+    certificate: Mapping[str, float] | None
+    """peftkit's own totals, and the largest difference of its certificate from these numbers at any site."""
+    merge_seconds: float
+    training: Mapping[str, Any]
+    data: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    threads: int
+    environment: Mapping[str, Any]
+    started: str
+    """UTC, ISO 8601."""
+    kind: str = field(default="merge")
+    schema: int = field(default=SCHEMA)
+
+
+AnyRecord = Record | MergeRecord
+
+
+def _loaded(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"expected one JSON object, found {line[:60]!r}: {error.msg}") from None
+    if not isinstance(found, dict):
+        raise RecordError(f"expected a JSON object, found a {type(found).__name__}")
+    if found.get("schema") != SCHEMA:
+        raise RecordError(
+            f"expected a record of schema {SCHEMA}, found {found.get('schema')!r}; "
+            "read it with the version of peftkit that wrote it"
+        )
+    return found
+
+
+def _filled(cls: type[T], found: Mapping[str, Any]) -> T:
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # called with dataclasses only
+    if set(found) != names:
+        missing, unknown = sorted(names - set(found)), sorted(set(found) - names)
+        raise RecordError(f"a record misses fields {missing} and has unknown fields {unknown}")
+    return cls(**found)
+
+
+def parsed(line: str) -> AnyRecord:
+    """The record that a line holds, of whichever kind.
+
+    Raises:
+        RecordError: the line is not JSON, or its fields are not those of this version.
+    """
+    found = _loaded(line)
+    return _filled(MergeRecord, found) if found.get("kind") == "merge" else _filled(Record, found)
 
 
 def digest(value: Any) -> str:
@@ -156,7 +246,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read(directory: Path) -> list[Record]:
+def read(directory: Path) -> list[AnyRecord]:
     """The records of a directory, oldest first; a last line cut off by a crash does not count.
 
     Raises:
@@ -166,10 +256,10 @@ def read(directory: Path) -> list[Record]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
-    found = []
+    found: list[AnyRecord] = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(Record.from_line(line.decode()))
+            found.append(parsed(line.decode()))
         except (RecordError, UnicodeDecodeError) as error:
             raise RecordError(f"{path}:{number}: {error}") from None
     return found
@@ -181,7 +271,7 @@ class Writer:
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
-    def append(self, record: Record) -> None:
+    def append(self, record: AnyRecord) -> None:
         """Adds one line in one write."""
         self._file.write(record.to_line())
         self._file.flush()

@@ -18,6 +18,9 @@ from peftkit_bench.spec import Contender, SuiteError
 
 T = TypeVar("T")
 
+RUNNERS = {"comparison": "engine", "merge": "merging"}
+"""Modules of this package with `run` and `dry_run`, by the `kind` of the suites that they take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
@@ -74,6 +77,7 @@ class Suite:
     seeds: tuple[int, ...]
     contenders: Mapping[str, Contender]
     """Rows by the name that the report shows."""
+    kind: str = "comparison"
     task: str = "seq-cls"
     budget: int | None = None
     """Trainable parameters that sizes are solved for, the head left out; None: sizes stand in the configs."""
@@ -92,16 +96,38 @@ def load(path: Path) -> Suite:
     Raises:
         SuiteError: a key is unknown, missing or of the wrong type, or values contradict each other.
     """
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SuiteError(f"{path}: expected a suite, found {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise SuiteError(f"{path}: not YAML: {error}") from None
+    found = values(path)
     try:
         return parse(found)
     except SuiteError as error:
         raise SuiteError(f"{path}: {error}") from None
+
+
+def values(path: Path) -> Any:
+    """What a YAML file holds, as plain values.
+
+    Raises:
+        SuiteError: there is no such file, or it is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SuiteError(f"{path}: expected a suite, found {error.strerror or error}") from None
+    except yaml.YAMLError as error:
+        raise SuiteError(f"{path}: not YAML: {error}") from None
+
+
+def runner(path: Path) -> str:
+    """The name of the module of this package that runs the suite in a file; see RUNNERS.
+
+    Raises:
+        SuiteError: the file holds no suite, or one of an unknown kind.
+    """
+    found = values(path)
+    kind = found.get("kind", "comparison") if isinstance(found, dict) else "comparison"
+    if kind not in RUNNERS:
+        raise SuiteError(f"{path}: kind: {nearest(str(kind), RUNNERS)}")
+    return RUNNERS[kind]
 
 
 def parse(found: Any) -> Suite:
@@ -110,13 +136,17 @@ def parse(found: Any) -> Suite:
     Raises:
         SuiteError: see `load`.
     """
-    suite = _read(Suite, found, "the suite")
+    suite = strictly(Suite, found)
     _check(suite)
     return suite
 
 
-def _read(cls: type[T], value: Any, where: str) -> T:
-    """A dataclass from a mapping: no unknown key, no missing key, every value of the declared type."""
+def strictly(cls: type[T], value: Any, where: str = "the suite") -> T:
+    """A dataclass from a mapping: no unknown key, no missing key, every value of the declared type.
+
+    Raises:
+        SuiteError: names the place, what was expected and what was found.
+    """
     if not isinstance(value, dict):
         raise SuiteError(f"{where}: expected keys and values, found {type(value).__name__} {value!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # called with dataclasses only
@@ -150,7 +180,7 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
             raise SuiteError(f"{where}: expected names and values, found {value!r}")
         return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(wanted):
-        return _read(typing.cast(type, wanted), value, where)
+        return strictly(typing.cast(type, wanted), value, where)
     if wanted is float and isinstance(value, str):
         # YAML 1.1 reads 5e-3 as text for want of a dot.
         try:
@@ -164,26 +194,28 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises SuiteError with the message where the condition does not hold."""
     if not condition:
         raise SuiteError(message)
 
 
 def _check(suite: Suite) -> None:
     backbone, data, training = suite.backbone, suite.data, suite.training
-    _require((backbone.package is None) != (backbone.path is None), "backbone: give either package or path")
-    _require(len(suite.seeds) > 0 and len(set(suite.seeds)) == len(suite.seeds), "seeds: expected different numbers")
-    _require(len(suite.contenders) > 0, "contenders: expected at least one")
-    _require(suite.task == "seq-cls", f"task: expected 'seq-cls', found {suite.task!r}")
+    require((backbone.package is None) != (backbone.path is None), "backbone: give either package or path")
+    require(len(suite.seeds) > 0 and len(set(suite.seeds)) == len(suite.seeds), "seeds: expected different numbers")
+    require(len(suite.contenders) > 0, "contenders: expected at least one")
+    require(suite.kind == "comparison", f"kind: expected 'comparison', found {suite.kind!r}")
+    require(suite.task == "seq-cls", f"task: expected 'seq-cls', found {suite.task!r}")
     for name, contender in suite.contenders.items():
         where = f"contenders, {name}"
-        _require(contender.subject in subjects.NAMES, f"{where}, subject: {nearest(contender.subject, subjects.NAMES)}")
-    _require(data.max_tokens >= 8, f"data, max_tokens: expected at least 8, found {data.max_tokens}")
-    _require(training.steps >= 1, f"training, steps: expected at least 1, found {training.steps}")
-    _require(training.batch_size >= 1, f"training, batch_size: expected at least 1, found {training.batch_size}")
-    _require(0 <= training.warmup < 1, f"training, warmup: expected a share in [0, 1), found {training.warmup}")
-    _require(suite.budget is None or suite.budget > 0, f"budget: expected a positive count, found {suite.budget}")
+        require(contender.subject in subjects.NAMES, f"{where}, subject: {nearest(contender.subject, subjects.NAMES)}")
+    require(data.max_tokens >= 8, f"data, max_tokens: expected at least 8, found {data.max_tokens}")
+    require(training.steps >= 1, f"training, steps: expected at least 1, found {training.steps}")
+    require(training.batch_size >= 1, f"training, batch_size: expected at least 1, found {training.batch_size}")
+    require(0 <= training.warmup < 1, f"training, warmup: expected a share in [0, 1), found {training.warmup}")
+    require(suite.budget is None or suite.budget > 0, f"budget: expected a positive count, found {suite.budget}")
     rates = suite.tune.learning_rates if suite.tune else ()
-    _require(suite.tune is None or len(rates) > 0, "tune, learning_rates: expected at least one")
+    require(suite.tune is None or len(rates) > 0, "tune, learning_rates: expected at least one")
     given = [c.learning_rate for c in suite.contenders.values() if c.learning_rate is not None]
-    _require(all(rate > 0 for rate in (*rates, *given, training.head_learning_rate)), "learning rates are positive")
+    require(all(rate > 0 for rate in (*rates, *given, training.head_learning_rate)), "learning rates are positive")

@@ -22,7 +22,7 @@ def bench_run(
 ) -> None:
     """Run a suite and write its report. Interrupted and run again, it goes on where it was."""
     path = find_suite(suite)
-    engine = _bench_module("engine")
+    engine = _bench_module(_bench_module("suite").runner(path))
     if dry_run:
         print(engine.dry_run(path))
         return

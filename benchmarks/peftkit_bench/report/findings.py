@@ -6,11 +6,13 @@ import statistics as median_of
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from peftkit_bench import statistics
-from peftkit_bench.record import Record
+from peftkit_bench.record import MergeRecord, Record
 from peftkit_bench.statistics import Comparison, Estimate
+
+R = TypeVar("R", Record, MergeRecord)
 
 SAME_SIZE = 1.05
 """Parameter counts within this factor count as the same size."""
@@ -135,13 +137,14 @@ class Search:
         return len(found) > 1 and self.best(name) in (min(found), max(found))
 
 
-def grouped(records: Sequence[Record]) -> list[list[Record]]:
+def grouped(records: Sequence[R]) -> list[list[R]]:
     """Records that can be compared: of one suite, data set, backbone and split; the newest group first."""
-    groups: dict[Any, list[Record]] = defaultdict(list)
+    groups: dict[Any, list[R]] = defaultdict(list)
     for record in records:
-        groups[
-            (record.suite, record.split, record.data["hash"], record.backbone["name"], record.backbone["hash"])
-        ].append(record)
+        split = record.split if isinstance(record, Record) else ""
+        groups[(record.suite, split, record.data["hash"], record.backbone["name"], record.backbone["hash"])].append(
+            record
+        )
     return sorted(groups.values(), key=lambda group: max(r.started for r in group), reverse=True)
 
 

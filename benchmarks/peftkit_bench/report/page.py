@@ -13,9 +13,9 @@ import jinja2
 from markupsafe import Markup
 
 from peftkit_bench import record
-from peftkit_bench.record import Record, RecordError
+from peftkit_bench.record import MergeRecord, Record, RecordError
 from peftkit_bench.report import findings as words
-from peftkit_bench.report import plots
+from peftkit_bench.report import merges, plots
 from peftkit_bench.report.findings import Findings, Row, Search
 
 PNG_DPI = 200
@@ -38,7 +38,10 @@ def write(records_dirs: Sequence[Path], out: Path) -> Path:
             "run a suite first: peftkit bench run SUITE --out DIR"
         )
     out.mkdir(parents=True, exist_ok=True)
-    sections = [_section(group, out, index) for index, group in enumerate(words.grouped(found))]
+    compared = words.grouped([each for each in found if isinstance(each, Record)])
+    sections = [_section(group, out, index) for index, group in enumerate(compared)]
+    merged = words.grouped([each for each in found if isinstance(each, MergeRecord)])
+    sections += [_merge_section(group, out, index) for index, group in enumerate(merged)]
     _place(out / "report.md", _environment(html=False).get_template("report.md.j2").render(sections=sections))
     page = _environment(html=True).get_template("index.html.j2").render(sections=sections)
     _place(out / "index.html", page)
@@ -106,6 +109,27 @@ def _section(group: Sequence[Record], out: Path, index: int) -> dict[str, Any]:
             )  # made by matplotlib from records
             for name, figure in figures.items()
         },
+    }
+
+
+def _merge_section(group: Sequence[MergeRecord], out: Path, index: int) -> dict[str, Any]:
+    """What the templates show of the merges of one suite."""
+    found = merges.merges(group)
+    name = f"merges{'' if index == 0 else f'-{index + 1}'}"
+    figure = merges.figure(found)
+    figure.savefig(out / f"{name}.png", dpi=PNG_DPI, facecolor="white")
+    plots.save_svg(figure, out / f"{name}.svg")
+    return {
+        "title": found.first.title,
+        "suite": found.first.suite,
+        "kind": "merges",
+        "answer": merges.answer(found),
+        "notes": merges.notes(found),
+        "tables": merges.tables(found),
+        "how": merges.how(found),
+        "facts": merges.facts(found),
+        "image": f"{name}.png",
+        "svg": Markup(plots.unique_ids(plots.svg(figure), f"m{index}")),  # made by matplotlib from records
     }
 
 
