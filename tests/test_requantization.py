@@ -259,6 +259,24 @@ def test_no_single_code_could_be_changed_for_the_better(monkeypatch):
         assert gain.min() > -1e-5 * metric.diagonal().mean() * weight.square().mean()
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8-rows"])
+def test_refitted_scales_leave_no_slope(name):
+    start, weight, change, _ = of(name)
+    metric = (gram_of(inputs(192)) + torch.eye(192)).double()
+    grid = Grid(start)
+    blocks = 192 // grid.block
+
+    def slopes():
+        stored = decoded(grid.quantized()).double()
+        pull = ((weight + change).double() - stored) @ metric * stored
+        return pull.view(96, blocks, grid.block).sum(2)
+
+    before = slopes()
+    Search(metric.float())._refit(grid, weight + change)
+    assert grid.moved
+    assert slopes().norm() < 0.05 * before.norm()
+
+
 @pytest.mark.parametrize("width", [1, 2, 33, 65, 100])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("name", FORMATS)
