@@ -55,6 +55,7 @@ namespace {
 constexpr std::size_t kStackBytes = 128 * 1024;
 constexpr std::size_t kStaticShared = 48 * 1024;
 constexpr int kResident = 3;        // blocks that are under way at a time
+constexpr unsigned kLate = 60;      // passes that a warp is kept waiting, at most
 constexpr int kIdlePasses = 10000;  // passes in which threads only sleep until they count as waiting for ever
 
 // One stack of a fiber, or the stack that the scheduler runs on.
@@ -97,6 +98,7 @@ struct Fiber {
 
 struct Warp {
   unsigned arrived = 0, expected = 0, generation = 0;
+  unsigned late = 0;  // passes that its threads are left out of
   Where where;
   const char* kind = "";
   std::byte values[2][kWarp * kBrought];  // of this meeting, and of the last, which slow lanes still read
@@ -260,13 +262,20 @@ std::unique_ptr<Block> begun(const Grid& own, uint64_t place) {
 
 enum class Pass { worked, slept, stood };
 
-// Resumes each thread of a block that can go on once.
-Pass passed(Grid& own, Block& block, const std::vector<unsigned>& order) {
+// Resumes the threads of a block that can go on, once each. Some threads are left for the next pass, and now and then a
+// warp for many of them, so that others run far ahead where nothing holds them.
+Pass passed(Grid& own, Block& block, const std::vector<unsigned>& order, Random& random) {
   own.block = &block;
   Pass found = Pass::stood;
+  for (Warp& warp : block.warps) warp.late -= warp.late > 0;
+  if (random(8) == 0) block.warps[random(block.warps.size())].late = random(kLate);
   for (const unsigned i : order) {
     Fiber& fiber = block.fibers[i];
     if (fiber.state != State::ready && fiber.state != State::asleep) continue;
+    if (fiber.state == State::ready && (block.warps[i / kWarp].late > 0 || random(8) == 0)) {
+      found = Pass::worked;
+      continue;
+    }
     const bool slept = fiber.state == State::asleep;
     fiber.state = State::ready;
     resume(own, fiber);
@@ -393,7 +402,7 @@ void run(dim3 blocks, dim3 threads, const std::function<void()>& body) {
     Pass whole = Pass::stood;
     for (auto& block : live) {
       random.shuffle(order);
-      whole = std::min(whole, passed(own, *block, order));
+      whole = std::min(whole, passed(own, *block, order, random));
     }
     idle = whole == Pass::worked ? 0 : idle + 1;
     if (whole == Pass::stood || idle > kIdlePasses) stuck(live);

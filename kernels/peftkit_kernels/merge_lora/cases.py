@@ -12,8 +12,8 @@ from torch import Tensor
 from peftkit_kernels._case import Case, assert_within, rounding
 from peftkit_kernels.merge_lora import OP, reference
 
-SHAPES = ((64, 96, 8), (37, 53, 5), (1, 1, 1), (3, 700, 16), (9, 16, 4), (0, 7, 2), (5, 0, 2))
-"""Out, in and rank: round ones, odd ones, one element, rows with gaps over 255, none."""
+SHAPES = ((64, 96, 8), (37, 53, 5), (1, 1, 1), (3, 700, 16), (9, 16, 4), (19, 40, 35), (0, 7, 2), (5, 0, 2))
+"""Out, in and rank: round ones, odd ones, one element, rows with gaps over 255, a large rank, none."""
 DTYPES = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
           (torch.float32, torch.float32), (torch.float64, torch.float64))  # fmt: skip
 """Of the weight and of the factors."""

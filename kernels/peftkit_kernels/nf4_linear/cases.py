@@ -14,7 +14,7 @@ from peftkit_kernels.nf4_linear import OP, reference
 
 SHAPES = ((0, 5, 64, 2, 64), (1, 1, 1, 1, 64), (1, 70, 384, 16, 64), (2, 9, 53, 4, 64), (3, 33, 128, 8, 128),
           (7, 40, 256, 5, 256), (13, 64, 160, 3, 32), (16, 35, 256, 16, 64), (17, 50, 192, 5, 64), (20, 9, 53, 4, 64),
-          (40, 130, 96, 8, 32))  # fmt: skip
+          (40, 130, 96, 8, 32), (9, 70, 64, 40, 64))  # fmt: skip
 """Rows, out, in, rank and block: none, one element, rows that do and do not start with a block, few rows and many."""
 DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16),
           (torch.float32, torch.float32), (torch.float64, torch.float64))  # fmt: skip
