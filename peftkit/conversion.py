@@ -90,14 +90,16 @@ def _chosen(model: nn.Module, by_path: Mapping[str, Any], form: Form | None, jud
         # With inputs or an original to judge by, plain weights too are made before anything is written.
         return {**coded, **(sites if judged else {})}
     if form.into == FUSED:
-        plain = next((path for path in sites if path not in coded), None)
-        if plain is not None:
+        plain = next(iter(sites), None)
+        if plain is not None and not any(path in coded for path in sites):
             raise MergeError(
                 f"{plain} is stored as {weights_of(sites[plain]).storage}: into='fused' puts the update beside codes; "
                 "quantize the base first with peftkit.quantize or bitsandbytes, or merge without `into`"
             )
         return {path: m for path, m in coded.items() if path in sites or not isinstance(m, QuantizedLinear)}
-    wanted = {**sites, **quantizable(model)}
+    # What is to stay in floating point, as the output head is, takes its change in floating point too.
+    fits = quantizable(model)
+    wanted = {**{path: module for path, module in sites.items() if path in coded}, **fits}
     for path, module in coded.items():
         layer = weights_of(module).layer()
         other = layer is None or layer.kind != form.into

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 import peftkit
-from peftkit.errors import BaseMismatchError
+from peftkit.errors import BackboneError, BaseMismatchError, ConfigError, MergeError, StateError, TargetError
 from peftkit.quantization import QuantizedLinear, exchange, is_quantized, weights_of
 from peftkit.wrap import adapters_of
 
@@ -190,3 +190,134 @@ def test_adapter_of_a_quantized_base_is_saved_and_loaded_on_it_and_on_the_origin
     peftkit.unwrap(other)
     with pytest.raises(BaseMismatchError, match=r"model\.embed_tokens\.weight"):
         peftkit.load(other, tmp_path)
+
+
+class Packed(nn.Module):
+    """Stands for a GPTQ layer: 4-bit codes in 32-bit words, a scale a column of outputs, no parameter named weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        scales = weight.abs().amax(1) / 7
+        codes = (weight / scales[:, None]).round().clamp(-8, 7).to(torch.int32) + 8
+        shifts = 4 * torch.arange(8, dtype=torch.int32)
+        packed = (codes.view(len(codes), -1, 8) << shifts).sum(-1, dtype=torch.int32)
+        self.register_buffer("qweight", packed.t().contiguous())
+        self.register_buffer("scales", scales.to(linear.weight.dtype))
+        self.bias = linear.bias
+        self.codes = codes
+
+    def expected(self) -> torch.Tensor:
+        return (self.codes - 8) * self.scales.float()[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shifts = 4 * torch.arange(8, dtype=torch.int32)
+        codes = (self.qweight.t()[..., None] >> shifts) & 15
+        weight = (codes.reshape(self.out_features, -1) - 8).to(x.dtype) * self.scales[:, None].to(x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_packed_layers_are_read_through_what_they_compute() -> None:
+    layer = Packed(nn.Linear(32, 24).to(torch.float32).requires_grad_(False))
+    read = weights_of(layer).read()
+    assert torch.allclose(read["weight"], layer.expected(), atol=1e-6)
+    assert torch.equal(read["bias"], layer.bias)
+    assert is_quantized(layer)
+    with pytest.raises(MergeError, match="stores weight in codes"):
+        weights_of(layer).store("weight", read["weight"])
+
+
+def test_a_layer_that_is_not_quantized_yet_is_refused_with_the_next_step() -> None:
+    made = bitsandbytes.nn.Linear4bit(64, 64)
+    with pytest.raises(MergeError, match=r"call model.to\(device\) first"):
+        weights_of(made)
+    assert is_quantized(made), "so that a plan on the meta device knows"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_torchao_weights_train_and_merge(bits: int) -> None:
+    torchao = pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    model = plain()
+    config = Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig(group_size=32)
+    try:
+        quantize_(model, config, lambda module, name: type(module) is nn.Linear and "layers" in name)
+    except (ImportError, AssertionError, NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"torchao {torchao.__version__} has no int{bits} weights on this machine: {error}")
+    peftkit.wrap(model, peftkit.LoRA(init_lora_weights=False))
+    loss = model(**inputs()).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad and p.is_floating_point())
+    with torch.no_grad():
+        expected = model(**inputs()).logits
+        peftkit.merge(model, minimum_effect=0)
+        assert not any(map(is_quantized, model.modules()))
+        assert (model(**inputs()).logits - expected).norm() < 0.05 * expected.norm()
+        peftkit.unmerge(model)
+        assert torch.equal(model(**inputs()).logits, expected)
+
+
+def test_dtype_changes_leave_scales_as_they_are() -> None:
+    layer = QuantizedLinear.of(torch.randn(8, 64), torch.randn(8), kind="nf4", nested=True)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    layer.to(torch.bfloat16)
+    after = layer.state_dict()
+    assert all(torch.equal(after[k], v) and after[k].dtype == v.dtype for k, v in before.items() if k != "bias")
+    assert after["bias"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "nf3"}, "no kind 'nf3'"),
+        ({"kind": "int8", "nested": True}, "int8 has one scale a row"),
+        ({"kind": "nf4", "dynamic": True}, "dynamic is for int8"),
+        ({"kind": "nf4", "block": 48}, "block must be a power of two"),
+    ],
+)
+def test_quantize_refuses_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    model = plain()
+    with pytest.raises(ConfigError, match=message):
+        peftkit.quantize(model, **settings)
+    assert not any(map(is_quantized, model.modules()))
+
+
+def test_quantize_refuses_a_wrapped_model_and_one_without_projections() -> None:
+    with pytest.raises(StateError, match="quantize the base first, then wrap"):
+        peftkit.quantize(peftkit.wrap(plain(), peftkit.LoRA()))
+    with pytest.raises(BackboneError, match="no projection to quantize"):
+        peftkit.quantize(nn.Sequential(nn.LayerNorm(4)))
+
+
+def test_quantize_takes_what_the_patterns_select_and_leaves_the_head() -> None:
+    model = peftkit.quantize(plain(), "int8", exclude_modules=["down_proj"])
+    found = {n.rpartition(".")[2] for n, m in model.named_modules() if is_quantized(m)}
+    assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    model = peftkit.quantize(plain(), "nf4", target_modules=["up_proj"])
+    assert {n.rpartition(".")[2] for n, m in model.named_modules() if is_quantized(m)} == {"up_proj"}
+    with pytest.raises(TargetError, match="matches no module"):
+        peftkit.quantize(plain(), target_modules=["nothing"])
+
+
+def test_loading_a_folder_that_was_not_quantized_here_is_refused(tmp_path: Any) -> None:
+    plain().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="was not quantized by peftkit"):
+        peftkit.load_quantized(tmp_path)
+    with pytest.raises(BackboneError, match="cannot read the config"):
+        peftkit.load_quantized(tmp_path / "nowhere")
+
+
+def test_what_would_train_codes_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"trains a copy of model.layers.0.self_attn.q_proj.weight"):
+        peftkit.wrap(quantized("nf4"), peftkit.LoRA(target_modules=["v_proj"], modules_to_save=["q_proj"]))
+
+
+def test_trained_copies_are_float32_beside_codes_and_the_head_computes_in_the_models_dtype() -> None:
+    model = peftkit.wrap(quantized("nf4"), peftkit.LoRA())
+    copies = {n: p.dtype for n, p in model.named_parameters() if "score" in n and p.requires_grad}
+    assert copies
+    assert set(copies.values()) == {torch.float32}
+    assert model(**inputs()).logits.dtype == torch.bfloat16
+    assert model.model.norm.weight.dtype == torch.bfloat16, "what does not train is not made wider"
