@@ -12,16 +12,13 @@
 
 #include "peftkit_cpu.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <type_traits>
 #include <utility>
 
 namespace {
 
+using peftkit::Bits;
 using peftkit::ScalarType;
 using peftkit::Tensor;
 
@@ -30,74 +27,12 @@ constexpr int64_t kRankUnit = 8;   // ranks of a unit at most
 constexpr int64_t kColumns = 1024; // columns of a unit at most
 constexpr int64_t kRowBlock = 4;   // rows whose sums `expand` keeps at a time
 
-template <class Format>
-using Bits = typename Format::Bits;
-
 }  // namespace
 
-#define PEFTKIT_INLINE inline __attribute__((always_inline))
-
-#if defined(__x86_64__)
-#define PEFTKIT_PASS 512
-#define PEFTKIT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
-#define PEFTKIT_NAME wide512
-#include "multi_lora.cpp"
-#undef PEFTKIT_PASS
-#undef PEFTKIT_TARGET
-#undef PEFTKIT_NAME
-#define PEFTKIT_PASS 256
-#define PEFTKIT_TARGET __attribute__((target("avx2,fma,f16c")))
-#define PEFTKIT_NAME wide256
-#include "multi_lora.cpp"
-#undef PEFTKIT_PASS
-#undef PEFTKIT_TARGET
-#undef PEFTKIT_NAME
-#endif
-#define PEFTKIT_PASS 0
-#define PEFTKIT_TARGET
-#define PEFTKIT_NAME portable
-#include "multi_lora.cpp"
-#undef PEFTKIT_PASS
-#undef PEFTKIT_TARGET
-#undef PEFTKIT_NAME
+#define PEFTKIT_FILE "../multi_lora/multi_lora.cpp"
+#include "peftkit_passes.h"
 
 namespace {
-
-// The kernels for the widest vectors that this processor has.
-enum class Level { portable, wide256, wide512 };
-
-Level level() {
-#if defined(__x86_64__)
-  static const Level found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                                 ? Level::wide512
-                             : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                     __builtin_cpu_supports("f16c")
-                                 ? Level::wide256
-                                 : Level::portable;
-  return found;
-#else
-  return Level::portable;
-#endif
-}
-
-#if defined(__x86_64__)
-#define PEFTKIT_CALL(function, A, B, ...)       \
-  do {                                          \
-    switch (level()) {                          \
-      case Level::wide512:                      \
-        wide512::function<A, B>(__VA_ARGS__);   \
-        break;                                  \
-      case Level::wide256:                      \
-        wide256::function<A, B>(__VA_ARGS__);   \
-        break;                                  \
-      default:                                  \
-        portable::function<A, B>(__VA_ARGS__);  \
-    }                                           \
-  } while (false)
-#else
-#define PEFTKIT_CALL(function, A, B, ...) portable::function<A, B>(__VA_ARGS__)
-#endif
 
 // The rows of one adapter: order[begin] to order[end - 1].
 struct Segment {
@@ -210,9 +145,9 @@ Tensor shrink(Tensor x, Tensor factor, Tensor starts, Tensor adapter, int64_t ma
       const auto* values = static_cast<const Bits<X>*>(x.const_data_ptr());
       const auto* factors = static_cast<const Bits<Factor>*>(factor.const_data_ptr());
       each(units, work_of(batch, width), [&](const Unit& unit) {
-        PEFTKIT_CALL(dots, X, Factor, values, batch.order.data() + unit.begin, unit.end - unit.begin,
+        PEFTKIT_RUN(dots<X, Factor>(values, batch.order.data() + unit.begin, unit.end - unit.begin,
                      factors + (unit.segment->start + unit.first) * width, unit.last - unit.first, width,
-                     to + unit.first, max_rank);
+                     to + unit.first, max_rank));
       });
     });
   });
@@ -259,9 +194,9 @@ void expand(Tensor out, Tensor hidden, Tensor factor, Tensor starts, Tensor scal
       auto* to = static_cast<Bits<Out>*>(out.mutable_data_ptr());
       const auto* factors = static_cast<const Bits<Factor>*>(factor.const_data_ptr());
       each(units, work_of(batch, width), [&](const Unit& unit) {
-        PEFTKIT_CALL(sums, Out, Factor, to + unit.first, width, batch.order.data() + unit.begin,
+        PEFTKIT_RUN(sums<Out, Factor>(to + unit.first, width, batch.order.data() + unit.begin,
                      unit.end - unit.begin, from, max_rank, scale[unit.segment->adapter],
-                     factors + unit.segment->start * width + unit.first, unit.segment->rank, unit.last - unit.first);
+                     factors + unit.segment->start * width + unit.first, unit.segment->rank, unit.last - unit.first));
       });
     });
   });
@@ -286,9 +221,9 @@ Tensor outer(Tensor hidden, Tensor y, Tensor like, Tensor starts, Tensor scales,
       const auto* values = static_cast<const Bits<Y>*>(y.const_data_ptr());
       auto* to = static_cast<Bits<Factor>*>(found.mutable_data_ptr());
       each(units, work_of(batch, width), [&](const Unit& unit) {
-        PEFTKIT_CALL(products, Y, Factor, values + unit.first, width, batch.order.data() + unit.begin,
+        PEFTKIT_RUN(products<Y, Factor>(values + unit.first, width, batch.order.data() + unit.begin,
                      unit.end - unit.begin, from, max_rank, scale[unit.segment->adapter],
-                     to + unit.segment->start * width + unit.first, unit.segment->rank, unit.last - unit.first);
+                     to + unit.segment->start * width + unit.first, unit.segment->rank, unit.last - unit.first));
       });
     });
   });

@@ -9,10 +9,6 @@
 
 #include "peftkit_cpu.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -22,14 +18,12 @@
 
 namespace {
 
+using peftkit::Bits;
 using peftkit::ScalarType;
 using peftkit::Tensor;
 
 constexpr int64_t kFew = 16;   // queries of a key head at most
 constexpr int64_t kKeys = 64;  // keys whose weights are kept at a time
-
-template <class Format>
-using Bits = typename Format::Bits;
 
 // Keys and values of one head, and what is added to their scores.
 template <class Format>
@@ -70,48 +64,14 @@ inline __attribute__((always_inline)) float exponential(float x) {
 
 }  // namespace
 
-#define PEFTKIT_INLINE inline __attribute__((always_inline))
-
-#if defined(__x86_64__)
-#define PEFTKIT_PASS 512
-#define PEFTKIT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")))
-#define PEFTKIT_NAME wide512
-#include "prefix_attention.cpp"
-#undef PEFTKIT_PASS
-#undef PEFTKIT_TARGET
-#undef PEFTKIT_NAME
-#define PEFTKIT_PASS 256
-#define PEFTKIT_TARGET __attribute__((target("avx2,fma,f16c")))
-#define PEFTKIT_NAME wide256
-#include "prefix_attention.cpp"
-#undef PEFTKIT_PASS
-#undef PEFTKIT_TARGET
-#undef PEFTKIT_NAME
-#endif
-#define PEFTKIT_PASS 0
-#define PEFTKIT_TARGET
-#define PEFTKIT_NAME portable
-#include "prefix_attention.cpp"
-#undef PEFTKIT_PASS
-#undef PEFTKIT_TARGET
-#undef PEFTKIT_NAME
+#define PEFTKIT_FILE "../prefix_attention/prefix_attention.cpp"
+#include "peftkit_passes.h"
 
 namespace {
 
 template <class Format>
 void attend(State& state, const Keys<Format>& keys) {
-#if defined(__x86_64__)
-  static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                               ? 512
-                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                   __builtin_cpu_supports("f16c")
-                               ? 256
-                               : 0;
-  if (level == 512) return wide512::attend<Format>(state, keys);
-  if (level == 256) return wide256::attend<Format>(state, keys);
-#endif
-  portable::attend<Format>(state, keys);
+  PEFTKIT_RUN(attend<Format>(state, keys));
 }
 
 template <class Format>
