@@ -83,6 +83,17 @@ def test_product_of_the_factors_is_what_merging_adds(label: str, backbone: str) 
     assert (given > 0) == (label in EXACT or label == "lora-patterns")
 
 
+def test_whole_matrix_counts_by_its_smaller_side() -> None:
+    model = built("llama", torch.float64)
+    randomise(peftkit.wrap(model, peftkit.LoKr(r=2, target_modules=["gate_proj", "down_proj"])))
+    for site, module, adapter in sites(model):
+        # 64 splits into 8 and 8, 32 into 4 and 8: the first matrix is 8 x 4 or 4 x 8, the second 8 x 8 of rank 2.
+        down, up = adapter.low_rank()
+        base = weights_of(module).read()
+        assert down.shape[0] == 4 * 2, site.path
+        assert torch.allclose(base["weight"] + up @ down, adapter.merged(base)["weight"], rtol=0, atol=1e-12)
+
+
 def test_embeddings_have_factors_too() -> None:
     model = built("llama", torch.float64)
     randomise(peftkit.wrap(model, peftkit.LoRA(r=2, target_modules=["embed_tokens"])))

@@ -129,6 +129,31 @@ def test_other_architectures_and_their_heads(name, tmp_path):
     assert fields["fan_in_fan_out"] == (name == "gpt2")
 
 
+def test_modules_trained_whole_are_kept(llama, tmp_path):
+    model = trained(load_base("llama", llama), peftkit.LoRA(r=2, modules_to_save=["lm_head"]))
+    made = export(model, tmp_path / "out", to="peft")
+    fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (made.extras, fields["modules_to_save"]) == (("lm_head",), ["lm_head"])
+    expected = logits("llama", model)
+    assert_same("llama", expected, logits("llama", in_peft("llama", llama, tmp_path / "out")), 0 * expected)
+
+
+def test_folder_that_peft_wrote_is_exported(llama, tmp_path):
+    theirs = peft.get_peft_model(
+        load_base("llama", llama), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], use_rslora=True)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    made = export(tmp_path / "theirs", tmp_path / "out", to="peft")
+    assert made.exact
+    expected = logits("llama", theirs.eval())
+    found = logits("llama", in_peft("llama", llama, tmp_path / "out"))
+    assert_same("llama", expected, found, logits("llama", load_base("llama", llama)))
+
+
 def test_head_with_more_classes_than_the_base_says(tmp_path):
     base = save_base("bert", tmp_path / "base")
     (base / "config.json").write_text(
