@@ -183,7 +183,7 @@ class MergeRecord(_Line):
     """Why the tool did not merge; with numbers beside it: why peftkit did not until it was asked to keep nothing."""
     kept: Mapping[str, Mapping[str, Sequence[float]]]
     """Pairs by base ("nf4": that of the training, "bf16": the original, "int8") and by what they are of: "weights",
-    "activations" (X Wᵀ of each site for unseen inputs X), "logits". The merge's own base comes first."""
+    "activations" (X Wᵀ of each site for unseen inputs X), "logits"; `base` names that of the merge itself."""
     as_run: Sequence[float] | None
     """The pair of the logits that the merged model's own layers compute, on its own base."""
     sites: Mapping[str, Sequence[float]]
