@@ -47,7 +47,8 @@ def plain_linear(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tupl
     weight: Any = module.weight
     bias: Any = module.bias
     if (
-        not isinstance(weight, Tensor)
+        # A subclass of Tensor, as torchao's weights are, may have no product that the backward pass needs.
+        type(weight) not in (nn.Parameter, Tensor)
         or weight.dtype != x.dtype
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
