@@ -13,7 +13,7 @@ from tiny import bits
 
 import peftkit
 from peftkit.certificate import MergeReport
-from peftkit.errors import CheckpointError, MergeError
+from peftkit.errors import CheckpointError, ConfigError, MergeError
 from peftkit.shards import merge_shards, plan_shards
 from peftkit.testing.backbones import BACKBONES
 
@@ -131,16 +131,16 @@ def test_rows_folded_apart_give_the_bytes_of_the_whole(tmp_path, case, dtype):
 def test_stripes_cover_every_row_once():
     from types import SimpleNamespace
 
-    from peftkit.shards import folds
+    from peftkit.shards import units
 
     for rows in (1, 2, 63, 64, 65, 127, 128, 129, 1000, 11008):
         for memory in (1, 10_000, 100_000, 10**9):
             entry = SimpleNamespace(shape=(rows, 8), count=rows * 8, size=rows * 16, dtype="BF16")
             unit = SimpleNamespace(sites=[SimpleNamespace(path="m")], keys={"m.weight": ("k",)})
-            found = folds.stripes(unit, SimpleNamespace(entries={"k": entry}), memory)
+            found = units.stripes(unit, SimpleNamespace(entries={"k": entry}), memory)
             assert [i for start, stop in found for i in range(start, stop)] == list(range(rows))
-            assert all(stop - start >= min(rows, folds.STRIPE) for start, stop in found)
-            assert all(start % folds.STRIPE == 0 for start, _ in found)
+            assert all(stop - start >= min(rows, units.STRIPE) for start, stop in found)
+            assert all(start % units.STRIPE == 0 for start, _ in found)
 
 
 def test_what_is_not_touched_is_copied_to_the_byte(tmp_path):
@@ -199,6 +199,18 @@ def test_a_diverged_adapter_is_refused(tmp_path):
     with pytest.raises(MergeError, match=r"the merged value holds values that are not finite.*diverged training"):
         merge_shards(base, adapter, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("base", "adapter")] == []
+
+
+def test_a_change_too_small_for_the_dtype_is_refused_and_accepted_without_starting_anew(tmp_path):
+    base = base_folder(tmp_path, "llama", torch.bfloat16)
+    adapter = adapter_folder(tmp_path, base, peftkit.LoRA(**LORA), noise=1e-3)
+    with pytest.raises(MergeError, match=r"only [\d.]+% of what the adapters change would be.*goes on from here"):
+        merge_shards(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = merge_shards(base, adapter, tmp_path / "out", minimum_effect=0)
+    assert report.kept < 0.9
+    with pytest.raises(ConfigError, match=r"minimum_effect must lie in \[0, 1\], found 2"):
+        merge_shards(base, adapter, tmp_path / "more", minimum_effect=2)
 
 
 # Several adapters ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tiny import bits
 
 import peftkit
 from peftkit.errors import CheckpointError
-from peftkit.shards import job, merge_shards
+from peftkit.shards import merge_shards, running
 from peftkit.shards.target import JOURNAL, unfinished
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ KILLED = """
     import os, signal, sys
     sys.path[:0] = [{root!r}, {kernels!r}]
     from peftkit.shards import merge_shards
-    from peftkit.shards import target, job
+    from peftkit.shards import target
 
     point, number = {point!r}, {number}
     count = 0
@@ -115,7 +115,7 @@ class Stop(Exception):
 
 def interrupted(base, adapter, out, after=1, **options):
     """A merge that ends after some finished files; gives the names of the files."""
-    original, count = job.Writer.note, 0
+    original, count = running.Writer.note, 0
 
     def note(self, shard, sites):
         nonlocal count
@@ -124,28 +124,28 @@ def interrupted(base, adapter, out, after=1, **options):
         if count == after:
             raise Stop
 
-    job.Writer.note = note
+    running.Writer.note = note
     try:
         with pytest.raises(Stop):
             merge_shards(base, adapter, out, **options)
     finally:
-        job.Writer.note = original
+        running.Writer.note = original
     return [json.loads(line)["file"] for line in (unfinished(out) / JOURNAL).read_text().splitlines()[1:]]
 
 
 def written(base, adapter, out, **options):
     """The files that a merge writes, not those that it takes over."""
-    seen, original = [], job.Writer.shard
+    seen, original = [], running.Writer.shard
 
     def shard(self, one):
         seen.append(one.file)
         return original(self, one)
 
-    job.Writer.shard = shard
+    running.Writer.shard = shard
     try:
         merge_shards(base, adapter, out, **options)
     finally:
-        job.Writer.shard = original
+        running.Writer.shard = original
     return seen
 
 
@@ -220,7 +220,7 @@ def test_two_merges_do_not_write_the_same_folder(tmp_path, folders):
 def test_a_disk_without_room_is_refused_beforehand(tmp_path, folders, monkeypatch):
     base, adapter, *_ = folders
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(running.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"out takes [\d.]+ kB more, and .* has 1 kB free; free some"):
         merge_shards(base, adapter, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

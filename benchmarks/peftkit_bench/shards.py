@@ -205,7 +205,8 @@ def child(base: Path, adapter: Path, out: Path, max_memory: str | None) -> None:
 
     plan = plan_shards(base, adapter, out, max_memory=max_memory)
     gc.collect()
-    before, peaks = status(), []
+    before = status()
+    peaks: list[int] = []
     start = time.perf_counter()
     with anonymous_peak(peaks):
         report = merge_shards(base, adapter, out, max_memory=max_memory)

@@ -14,7 +14,7 @@ from peftkit.cli.app import Json, app
 from peftkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peftkit.shards.job import Progress
+    from peftkit.shards.running import Progress
 
 
 @app.command()
@@ -35,6 +35,9 @@ def merge(
         list[str] | None,
         typer.Option("--ignore", help="base: take another base than the adapter knows; unexpected: drop tensors."),
     ] = None,
+    minimum_effect: Annotated[
+        float, typer.Option("--minimum-effect", help="Least share of the change that has to be stored.")
+    ] = 0.9,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder at OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and how big it will be.")] = False,
     as_json: Json = False,
@@ -59,7 +62,7 @@ def merge(
         return
     try:
         with _bar() as progress:
-            report = merge_shards(base, adapters, out, **options, progress=progress)  # type: ignore[arg-type]  # as above
+            report = merge_shards(base, adapters, out, **options, minimum_effect=minimum_effect, progress=progress)  # type: ignore[arg-type]  # as above
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it was", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -12,7 +12,8 @@ from torch import nn
 
 from peftkit.certificate import MergeReport
 from peftkit.errors import ConfigError
-from peftkit.shards.job import Job, Order, Progress, prepared, run, size_text
+from peftkit.shards.job import Job, Order, prepared, size_text
+from peftkit.shards.running import Progress, run
 from peftkit.shards.skeleton import Ignorable
 from peftkit.swap import original_class
 
@@ -80,6 +81,7 @@ def merge_shards(
     ignore: Collection[Ignorable] = (),
     overwrite: bool = False,
     model: nn.Module | None = None,
+    minimum_effect: float = 0.9,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Writes the folder of a merged model, tensor by tensor, and gives the certificate.
@@ -100,19 +102,23 @@ def merge_shards(
             have no place in the model.
         overwrite: replaces a model folder at OUT, in one step at the end.
         model: a module on the meta device, for a base that is none of transformers' own models.
+        minimum_effect: the least share of the change that has to be stored, in total; 0 accepts anything.
         progress: called with the bytes that are done and those in all.
 
     Returns:
         What was stored against what was meant, for each changed parameter; it is in OUT too, as merge_report.json.
 
     Raises:
-        MergeError: a method or a combination cannot be merged, a value is not finite, or max_memory is too small.
+        MergeError: a method or a combination cannot be merged, a value is not finite, max_memory is too small, or too
+            little of the change is kept.
         BaseMismatchError: the base is not the one that an adapter was trained on.
         CheckpointError: a folder is damaged, OUT exists, or the disk is full.
         BackboneError, ConfigError, TargetError, StateError: as the message says.
     """
+    if not 0 <= minimum_effect <= 1:
+        raise ConfigError(f"minimum_effect must lie in [0, 1], found {minimum_effect}")
     job = _prepared(base, adapters, out, into, max_memory, shard_size, ignore, overwrite, model)
-    return run(job, progress)
+    return run(job, progress, minimum_effect)
 
 
 def plan_shards(
