@@ -102,6 +102,19 @@ def test_what_is_not_known_is_left_out_or_said(llama, adapter, tmp_path):
     assert "# LoRA for LlamaForCausalLM" in text
 
 
+@pytest.mark.parametrize(
+    "origin", [{"base": "x"}, {"base": {"tensors": ["x"]}}, {"base": {"tensors": {"x": 1}}}, {"about": "x"}]
+)
+def test_origin_that_is_no_object_is_refused(origin, adapter, tmp_path):
+    source = tmp_path / "adapter"
+    source.mkdir()
+    for name in (folder.CONFIG, folder.WEIGHTS):
+        (source / name).write_bytes((adapter / name).read_bytes())
+    (source / folder.PROVENANCE).write_text(json.dumps(origin))
+    with pytest.raises(CheckpointError, match=r"peftkit.json: base, base.tensors or about is not an object"):
+        export(source, tmp_path / "out", to="peft")
+
+
 def test_card_quotes_names_that_yaml_would_read_otherwise(adapter, tmp_path):
     name = 'a: "b" # c'
     export(adapter, tmp_path / "out", to="peft", base_name=name)

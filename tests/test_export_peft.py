@@ -279,6 +279,20 @@ def test_base_whose_weights_are_others_is_refused(llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("config", [EXACT["pissa"], DENSE["oft"]], ids=["pissa", "oft"])
+def test_adapter_of_a_quantized_base_is_exported_from_the_model(config, llama, tmp_path):
+    model = trained(peftkit.quantize(load_base("llama", llama), "nf4"), config)
+    peftkit.save(model, tmp_path / "adapter")
+    with pytest.raises(BaseMismatchError, match=r"another way \(quantized\).*Instead load the model in Python"):
+        export(tmp_path / "adapter", tmp_path / "out", to="peft", rank=32)
+    expected = logits("llama", model)
+    made = export(model, tmp_path / "out", to="peft", rank=32)
+    assert made.error_relative <= 1e-6
+    base = peftkit.quantize(load_base("llama", llama), "nf4")
+    without = logits("llama", base)
+    assert_same("llama", expected, logits("llama", peftkit.load(base, tmp_path / "out")), without)
+
+
 def test_base_in_several_files_and_of_other_names(llama, tmp_path):
     model = trained(load_base("llama", llama), EXACT["pissa"])
     peftkit.save(model, tmp_path / "adapter")

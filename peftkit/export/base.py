@@ -70,10 +70,9 @@ def skeleton(
 def _builder(config: Any, fields: Mapping[str, Any], origin: Mapping[str, Any]) -> Any:
     import transformers
 
-    known = origin.get("base") if isinstance(origin.get("base"), dict) else None
     mapping = fields.get("auto_mapping")
     names = [
-        str((known or {}).get("class") or "").partition(" ")[0],
+        str(origin.get("base", {}).get("class") or "").partition(" ")[0],
         str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else "",
     ]
     task = fields.get("task_type")

@@ -46,7 +46,7 @@ def card(source: Source, made: Export, *, max_lora_rank: int = 0, file: str = "a
         file=file,
         kind=original_class(source.model).__name__,
     )
-    about = dict(source.origin.get("about") or {})
+    about = dict(source.origin.get("about", {}))
     parts = [
         "\n".join(_front_matter(source, made)),
         f"# {method.title} for {base}",
@@ -94,7 +94,7 @@ def base_hash(origin: Mapping[str, Any]) -> str:
 
     Two bases of one content have one hash, in whichever order their tensors are stored.
     """
-    tensors = (origin.get("base") or {}).get("tensors")
+    tensors = origin.get("base", {}).get("tensors")
     if not tensors:
         return "unknown"
     return "sha256:" + hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()[:32]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from peftkit import backbones, certificate, checkpoint, fingerprint, folder
 from peftkit.certificate import MergeReport
-from peftkit.errors import BaseMismatchError, ExportError, StateError
-from peftkit.export.base import BaseFolder, skeleton
+from peftkit.errors import BaseMismatchError, CheckpointError, ExportError, StateError
+from peftkit.export.base import IN_MEMORY, BaseFolder, skeleton
 from peftkit.plan import Plan
 from peftkit.quantization import weights_of
 from peftkit.spec import Adapter, Site, State, adapter_dtype
@@ -116,7 +116,7 @@ def _of_folder(path: Path, base: str | os.PathLike[str] | None, name: str, base_
             f"{source / folder.CONFIG} names no base model; expected base_model_name_or_path. Give the folder of the "
             "base (or its name on the hub) with --base, or base=... in Python"
         )
-    origin = checkpoint.provenance(source)
+    origin = _checked(checkpoint.provenance(source), source / folder.PROVENANCE)
     model = skeleton(place, fields, origin, folder.read_tensors(source))
     ignored: tuple[checkpoint.Ignorable, ...] = ("base",)
     planned, state = checkpoint.read(model, source, ignored)
@@ -135,6 +135,20 @@ def _of_folder(path: Path, base: str | os.PathLike[str] | None, name: str, base_
         adapter=reader.adapter,
         base=reader.base,
     )
+
+
+def _checked(origin: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+    """The origin, whose parts are objects.
+
+    Raises:
+        CheckpointError: they are something else.
+    """
+    base = origin.get("base", {})
+    tensors = base.get("tensors", {}) if isinstance(base, dict) else None
+    known = isinstance(tensors, dict) and all(isinstance(v, dict) for v in tensors.values())
+    if not known or not isinstance(origin.get("about", {}), dict):
+        raise CheckpointError(f"{file}: base, base.tensors or about is not an object; get the file again")
+    return origin
 
 
 @dataclass
@@ -185,12 +199,17 @@ class _Reader:
             BaseMismatchError: they are not those that the adapter was trained on.
         """
         module = copy.deepcopy(self.model.get_submodule(site.path))
-        known = (self.origin.get("base") or {}).get("tensors") or {}
+        known = self.origin.get("base", {}).get("tensors", {})
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             key = f"{site.path}.{name}"
             value = self.weights.read(key, tuple(parameter.shape))
+            if known and known.get(key, {}).get("dtype", fingerprint.CODES) == fingerprint.CODES:
+                raise BaseMismatchError(
+                    f"the adapter was trained on a base that stores {key} in another way (quantized), and what it adds "
+                    f"depends on what that holds. Instead {IN_MEMORY}"
+                )
             if key in known and fingerprint.differences({key: value}, {key: known[key]}):
                 raise BaseMismatchError(
                     f"{key} of {self.weights.place} is not the weight that the adapter was trained on; give the base "
