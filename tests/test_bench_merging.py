@@ -84,7 +84,11 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
+    model = BertForSequenceClassification(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -134,6 +138,7 @@ def bench(backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
                 parameter.normal_()
     folder = peftkit.save(model, tmp_path_factory.mktemp("adapter"))
     judged = merging.batches(prepared.evaluated, 8, prepared.padding, 8)[0]
+    judged["attention_mask"][0, 10:] = 0
     return Bench(bases, folder, judged, merging.batches(prepared.train, 16, prepared.padding))
 
 
@@ -260,8 +265,6 @@ def test_reference_counts_no_change_as_none_and_the_whole_as_all(bench: Bench) -
         none, all_ = measure(judge.base), measure(whole)
         assert (none.effect, none.error) == pytest.approx((0.0, 1.0), abs=1e-4)
         assert (all_.effect, all_.error) == pytest.approx((1.0, 0.0), abs=1e-4)
-    again = judge.outputs(judge.base)
-    assert again.effect == pytest.approx(0.0, abs=1e-4), "weights that are judged do not stay in the model"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

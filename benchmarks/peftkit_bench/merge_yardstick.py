@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,9 +146,9 @@ class Reference:
 
     @torch.no_grad()
     def outputs(self, found: Weights) -> Kept:
-        """What a model that computes with these weights keeps of the adapter's effect on the logits."""
-        with _holding(self.plain, found):
-            return self.logits_kept(self.plain(**self.judged).logits)
+        """What a model that computes with these weights, of every projection, keeps of the effect on the logits."""
+        _put(self.plain, found)
+        return self.logits_kept(self.plain(**self.judged).logits)
 
     def logits_kept(self, logits: Tensor) -> Kept:
         """The same for logits that are there already."""
@@ -253,20 +252,6 @@ def _put(model: nn.Module, weights: Weights) -> None:
         module.weight.data.copy_(weight)
         if bias is not None:
             module.bias.data.copy_(bias)
-
-
-@contextmanager
-def _holding(model: nn.Module, weights: Weights) -> Any:
-    """The model with other weights inside the block."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    before = {
-        p: (modules[p].weight.clone(), None if b is None else modules[p].bias.clone()) for p, (_, b) in weights.items()
-    }
-    _put(model, weights)
-    try:
-        yield
-    finally:
-        _put(model, before)
 
 
 @torch.no_grad()
