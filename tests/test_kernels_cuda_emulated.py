@@ -13,6 +13,7 @@ operations with CUDA code are emulated, but not the attention kernels of torch t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -52,18 +53,34 @@ def environment(folder):
     }
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """One worker at a time."""
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Operation -> its cases that ran, and what ended the process, if anything did. One worker runs them for all."""
+def built(tmp_path_factory):
+    """The folder with every operation's code, which one worker compiles for all."""
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cuda_emulation"
     folder.mkdir(exist_ok=True)
-    results = folder / "results.json"
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not results.exists():
+    with alone(folder):
+        if not (folder / "complete").exists():
             cuda_emulation.build(cuda_emulation.with_cuda(), folder, bool(cuda_emulation.sanitizer_libraries()))
-            results.write_text(json.dumps(run(folder)))
+            (folder / "complete").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(built):
+    """Operation -> its cases that ran and their errors. One worker runs them for all."""
+    results = built / "results.json"
+    with alone(built):
+        if not results.exists():
+            results.write_text(json.dumps(run(built)))
     return json.loads(results.read_text())
 
 
@@ -86,6 +103,10 @@ def run(folder):
     if done.returncode and not any(error for by_case in found.values() for error in by_case.values()):
         raise AssertionError(done.stderr[-6000:])
     return found
+
+
+def test_cuda_code_compiles_for_the_cpu(built):
+    assert all((built / cuda_emulation.library_name(op)).is_file() for op in cuda_emulation.with_cuda())
 
 
 @pytest.mark.parametrize("op", cuda_emulation.with_cuda())

@@ -55,7 +55,7 @@ namespace {
 constexpr std::size_t kStackBytes = 128 * 1024;
 constexpr std::size_t kStaticShared = 48 * 1024;
 constexpr int kResident = 3;        // blocks that are under way at a time
-constexpr unsigned kLate = 60;      // passes that a warp is kept waiting, at most
+constexpr unsigned kLate = 24;      // passes that a warp is kept waiting, at most
 constexpr int kIdlePasses = 10000;  // passes in which threads only sleep until they count as waiting for ever
 
 // One stack of a fiber, or the stack that the scheduler runs on.

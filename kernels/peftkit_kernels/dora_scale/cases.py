@@ -13,8 +13,8 @@ from peftkit_kernels._case import Case, assert_within, rounding
 from peftkit_kernels._precision import wide_dtype
 from peftkit_kernels.dora_scale import OP, reference
 
-SHAPES = ((64, 96, 8), (37, 1053, 5), (1, 1, 1), (9, 700, 33), (0, 7, 2), (5, 3, 0))
-"""Out, in and rank: round ones, odd ones, one element, no rows, no ranks."""
+SHAPES = ((64, 96, 8), (37, 1053, 5), (1, 1, 1), (9, 700, 33), (11, 300, 70), (0, 7, 2), (5, 3, 0))
+"""Out, in and rank: round ones, odd ones, one element, large ranks, no rows, no ranks."""
 DTYPES = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
           (torch.float32, torch.float32), (torch.float64, torch.float64))  # fmt: skip
 """Of the weight and of the factors."""
