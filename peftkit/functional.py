@@ -64,6 +64,44 @@ def quantized_layer(module: nn.Module, call: Callable[..., Any]) -> QuantizedLin
     return None
 
 
+FEW_ROWS = 32
+"""Rows up to which compiled code multiplies bfloat16 weights and their update in one pass over the weight."""
+
+
+def few_rows(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a plain layer whose few rows compiled code takes, without gradients; None for any other."""
+    if (
+        x.dtype is not torch.bfloat16
+        or x.device.type != "cpu"
+        or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    plain = plain_linear(module, call, x)
+    if plain is None or not plain[0].is_contiguous() or (plain[1] is not None and plain[1].dtype != x.dtype):
+        return None
+    import peftkit_kernels  # when it is needed: loading compiled code takes time that `import peftkit` has not
+
+    return plain if peftkit_kernels.OPS["lora_linear"].compiled_for("cpu") else None
+
+
+def in_one_pass(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """weight @ x + bias + scale * up @ down @ x for what `few_rows` gave, rounded once.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,) or None.
+        down: (r, in).
+        up: (out, r).
+    """
+    from peftkit_kernels import lora_linear as compiled
+
+    return compiled(x, weight, bias, down, up, scale)
+
+
 def add_low_rank(out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """out + scale * up @ down @ x, computed in place where nothing else can see `out`.
 

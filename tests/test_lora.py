@@ -360,3 +360,22 @@ def test_lora_sees_the_bias_and_weight_that_another_active_adapter_trains(fields
         assert torch.allclose(a, b, atol=1e-10)
     with torch.no_grad():
         assert torch.allclose(model(x), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 32, 33])
+def test_few_bfloat16_rows_compute_the_same_as_in_float64(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 80, bias=bias).to(torch.bfloat16)
+    model = peftkit.wrap(
+        torch.nn.Sequential(layer), peftkit.LoRA(r=4, target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    x = torch.randn(rows, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = model(x)
+        exact = copy.deepcopy(model).double()(x.double())
+        with peftkit.disabled(model):
+            base = model(x)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
+    assert not torch.equal(found, base)

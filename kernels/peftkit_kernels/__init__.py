@@ -17,9 +17,9 @@ from peftkit_kernels._op import Op, Status, status_of
 from peftkit_kernels.dora_scale import dora_norms, dora_scale, row_squares
 from peftkit_kernels.errors import BuildError, KernelError, NotBuilt
 from peftkit_kernels.int8_linear import int8_linear, pack_int8, quantize_rows
-from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.lora_linear import frozen_linear, lora_linear
 from peftkit_kernels.merge_lora import Undo, merge_lora_, merge_lora_reversibly_, unmerge_lora_
-from peftkit_kernels.multi_lora import Stack, multi_lora, multi_lora_, stacked
+from peftkit_kernels.multi_lora import Stack, multi_lora, multi_lora_, multi_lora_linear, stacked
 from peftkit_kernels.nf4_linear import nf4_linear, nf4_lora_linear
 from peftkit_kernels.prefix_attention import prefix_attention
 from peftkit_kernels.quantize_blockwise import Nested, Quantized, dequantize_blockwise, quantize_blockwise
@@ -66,6 +66,7 @@ __all__ = [
     "dequantize_blockwise",
     "dora_norms",
     "dora_scale",
+    "frozen_linear",
     "has_code",
     "int8_linear",
     "lora_linear",
@@ -73,6 +74,7 @@ __all__ = [
     "merge_lora_reversibly_",
     "multi_lora",
     "multi_lora_",
+    "multi_lora_linear",
     "nf4_linear",
     "nf4_lora_linear",
     "pack_int8",
