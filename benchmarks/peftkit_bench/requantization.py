@@ -219,7 +219,7 @@ def kept(stored: Tensor, layer: Layer, gram: Tensor | None) -> tuple[float, floa
     return float(effect), float((error.sum() / power).sqrt())
 
 
-def study(found: Trained, size: float, rows: int = 512) -> Iterator[Merged]:
+def study(found: Trained, size: float, rows: int = 1200) -> Iterator[Merged]:
     """Every route at one size of the change."""
     weights = {name: dequantize_blockwise(start) for name, start in found.starts.items()}
     mean = statistics.fmean(float(found.changes[n].norm() / weights[n].norm()) for n in weights)
