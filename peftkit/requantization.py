@@ -98,7 +98,8 @@ def requantized(
 
     Args:
         target: W + dW, (out, in), finite.
-        start: codes of W, whose format and scales are kept; None: W is not quantized yet, and `base` is given.
+        start: codes of W, whose format is kept, and scales too where they are quantized themselves; None: W is not
+            quantized yet, and `base` is given.
         base: W, (out, in); read where `start` is None.
         kind: nf4, fp4 or int8; read where `start` is None, and so are `block` and `nested`.
         block: elements that share a scale; None: one scale a row, for int8.
