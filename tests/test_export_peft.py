@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from exported import deltas, load_base, save_base, trained
 from safetensors.torch import load_file, save_file
 from tiny import built, logits, picture
@@ -16,6 +17,7 @@ from tiny import built, logits, picture
 import peftkit
 from peftkit.errors import BaseMismatchError, ConfigError, ExportError, StateError
 from peftkit.export import export
+from peftkit.export.factors import _nearest
 
 # peft's own use of transformers, which is not what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -204,6 +206,27 @@ def test_error_is_kept_by_the_smallest_rank(label, llama, tmp_path):
     assert made.largest_error == max(s.error_relative for s in made.sites)
 
 
+@pytest.mark.parametrize("shape", [(300, 520), (520, 300)], ids=["wide", "tall"])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.5])
+def test_factors_of_larger_updates_are_as_near_as_can_be(decay, shape):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        left, right = (torch.linalg.qr(torch.randn(n, 300, dtype=torch.float64)).Q for n in shape)
+    values = torch.arange(1, 301, dtype=torch.float64) ** -decay
+    update = left * values @ right.T
+    size = values.norm()
+    down, up = _nearest(update, 20, None)
+    assert down.shape == (20, shape[1])
+    assert float((update - up @ down).norm()) <= 1.001 * float(values[20:].norm())
+    for error in (0.05, 0.51):
+        down, up = _nearest(update, None, error)
+        assert float((update - up @ down).norm()) <= error * float(size)
+        least = 1 + int((values.flip(0).square().cumsum(0).flip(0).sqrt() > error * size)[1:].sum())
+        assert least <= down.shape[0] <= least + 1 + least // 50
+    down, up = _nearest(update[:, :5] @ update[:, :5].T, 20, None)
+    assert down.shape[0] == 5
+
+
 def test_low_rank_update_is_cut_to_a_smaller_rank_as_near_as_can_be(llama, tmp_path):
     model = trained(load_base("llama", llama), EXACT["loha"])
     meant = deltas(model)
@@ -307,6 +330,28 @@ def test_base_in_several_files_and_of_other_names(llama, tmp_path):
         folders.append((tmp_path / f"out {base}/adapter_model.safetensors").read_bytes())
     export(tmp_path / "adapter", tmp_path / "out", to="peft")
     assert set(folders) == {(tmp_path / "out/adapter_model.safetensors").read_bytes()}
+
+
+def test_base_on_the_hub_is_fetched_file_by_file(llama, tmp_path, monkeypatch):
+    model = trained(load_base("llama", llama), EXACT["pissa"])
+    peftkit.save(model, tmp_path / "adapter")
+    asked = []
+
+    def fetched(place, name, **options):
+        assert place == "someone/llama"
+        asked.append(name)
+        return str(llama / name) if (llama / name).is_file() else None
+
+    config = load_base("llama", llama).config
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name: config)
+    monkeypatch.setattr(transformers.utils, "cached_file", fetched)
+    export(tmp_path / "adapter", tmp_path / "out", to="peft", base="someone/llama")
+    assert asked == ["model.safetensors.index.json", "model.safetensors"]
+    asked.clear()
+    lora = trained(load_base("llama", llama), EXACT["lora"])
+    peftkit.save(lora, tmp_path / "lora")
+    export(tmp_path / "lora", tmp_path / "from lora", to="peft", base="someone/llama")
+    assert asked == []  # no weight of the base is needed
 
 
 def test_base_without_the_tensor_is_refused_with_a_way_out(llama, tmp_path):

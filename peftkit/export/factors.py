@@ -18,6 +18,10 @@ from peftkit.spec import Adapter, Attach, Site
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NOISE = 1e-13
 """Squares of singular values below this share of the largest are the rounding of their computation in float64."""
+LARGE = 256
+"""Rows from which a few singular values are sought by iteration instead of all by decomposition."""
+FIRST_GUESS, LONGEST, STILL = 16, 100, 1e-5
+"""Singular values that are sought first when an error is given; steps at most; gain of a step that is the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +178,20 @@ def _corner(tall: Tensor) -> Tensor:
     return corner
 
 
-def _wanted(squares: Tensor, rank: int | None, error: float | None) -> int:
-    """How many of the squared singular values, largest first, to keep; none that is rounding only."""
+def _wanted(squares: Tensor, total: float, rank: int | None, error: float | None) -> int | None:
+    """How many singular values to keep, none that is rounding only; None where those given leave too large an error.
+
+    Args:
+        squares: of the largest singular values, largest first.
+        total: the sum of the squares of all.
+    """
     present = int((squares > squares[:1] * NOISE).sum())
     if rank is not None:
         return min(rank, present)
     assert error is not None
-    total = float(squares.sum())
-    tail = total - squares.cumsum(0)
-    return min(present, 1 + int((tail > error**2 * total).sum()))
+    allowed = max(error**2, NOISE) * total
+    above = int((total - squares.cumsum(0) > allowed).sum())
+    return min(present, above + 1) if above < squares.numel() else None
 
 
 def _truncated(down: Tensor, up: Tensor, rank: int | None, error: float | None) -> tuple[Tensor, Tensor]:
@@ -194,28 +203,59 @@ def _truncated(down: Tensor, up: Tensor, rank: int | None, error: float | None) 
     left, corner_left = torch.linalg.qr(up)
     right, corner_right = torch.linalg.qr(down.T)
     u, values, v = torch.linalg.svd(corner_left @ corner_right.T, full_matrices=False)
-    kept = _wanted(values.square(), rank, error)
-    if kept >= down.shape[0]:
+    squares = values.square()
+    kept = _wanted(squares, float(squares.sum()), rank, error)
+    if kept is None or kept >= down.shape[0]:
         return down, up
     root = values[:kept].sqrt()
     return root[:, None] * (v[:kept] @ right.T), (left @ u[:, :kept]) * root
 
 
 def _nearest(update: Tensor, rank: int | None, error: float | None) -> tuple[Tensor, Tensor]:
-    """The nearest product of two factors to a dense update (Eckart and Young), by the Gram matrix of its smaller side.
-
-    Singular values below 1e-8 of the largest are lost in squaring, far below what an error can ask for.
-    """
+    """The nearest product of two factors to a dense update (Eckart and Young 1936)."""
     wide = update.shape[0] <= update.shape[1]
     short = update if wide else update.T
-    squares, vectors = torch.linalg.eigh(short @ short.T)
-    squares = squares.flip(0).clamp_min(0)
-    kept = _wanted(squares, rank, error)
-    basis = vectors.flip(1)[:, :kept]
+    total = float(short.square().sum())
+    guess, kept = rank or FIRST_GUESS, None
+    while kept is None and 4 * guess <= short.shape[0] >= LARGE:
+        squares, basis = _leading(short, guess)
+        kept = _wanted(squares[:guess], total, rank, error)
+        guess *= 2
+    if kept is None:
+        found, vectors = torch.linalg.eigh(short @ short.T)
+        squares, basis = found.flip(0).clamp_min(0), vectors.flip(1)
+        kept = _wanted(squares, float(squares.sum()), rank, error)
+    basis = basis[:, :kept]
     # Both factors get the root of each singular value, so that neither overflows in half precision.
     root = squares[:kept] ** 0.25
     one, other = basis * root, (basis.T @ short) / root[:, None]
     return (other, one) if wide else (one.T, other.T)
+
+
+def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest squared singular values and their left vectors, by subspace iteration.
+
+    It stops when a further step lowers the square of what `count` of them leave over by less than STILL of it; a
+    decomposition of the whole matrix takes some ten times as long at 4096 rows.
+
+    Returns:
+        Squares, largest first, and columns to them: some more than `count`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (matrix.shape[0], min(matrix.shape[0], 2 * count + 16))
+    basis = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=matrix.dtype)).Q
+    total, left = float(matrix.square().sum()), torch.inf
+    for _ in range(LONGEST):
+        inner = basis.T @ matrix
+        squares, turn = torch.linalg.eigh(inner @ inner.T)
+        before, left = left, total - float(squares[-count:].sum())
+        if before - left <= STILL * abs(left):
+            break
+        basis = torch.linalg.qr(matrix @ inner.T).Q
+    else:
+        inner = basis.T @ matrix
+        squares, turn = torch.linalg.eigh(inner @ inner.T)
+    return squares.flip(0).clamp_min(0), (basis @ turn).flip(1)
 
 
 def _rounded(site: Site, down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
