@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FUSED = "fused"
+LEAST_EFFECT = 0.5
+"""The share of a change that codes are chosen to keep, even where any share is accepted."""
 KNOWN = (*DTYPES, *get_args(Kind), FUSED)
 
 
@@ -244,7 +246,7 @@ def _coded(given: Given, form: Form) -> Made:
         gram=given.gram,
         directions=_directions(given),
         residual_rank=form.residual_rank,
-        least_effect=0.0 if form.least_effect is None else form.least_effect,
+        least_effect=max(LEAST_EFFECT, form.least_effect or 0.0),
     )
     residual = None
     if found.residual is not None and found.residual[0].shape[0]:

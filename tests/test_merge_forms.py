@@ -372,3 +372,13 @@ def test_totals_and_table_and_damaged_report() -> None:
     assert "in total" in text
     with pytest.raises(CheckpointError, match="no merge report"):
         MergeReport.from_json("[]")
+
+
+def test_an_adapter_trained_beside_codes_merges_into_the_folder_of_the_original(tmp_path: Any) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = trained(peftkit.quantize(llama(), "nf4"))
+    peftkit.save(model, tmp_path / "adapter")
+    peftkit.merge_shards(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    expected = peftkit.merge_and_unload(peftkit.load(llama(), tmp_path / "adapter"))
+    assert torch.equal(logits(merged), logits(expected))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit.errors import BaseMismatchError
-from peftkit.fingerprint import DTYPES, Running
+from peftkit.fingerprint import CODES, DTYPES, Running
 from peftkit.shards.skeleton import Checks
 
 
@@ -24,6 +24,8 @@ class Passing:
         if dtype.is_floating_point:
             for name in names:
                 for known, path in checks.digests.get(name, ()):
+                    if known.get("dtype") == CODES:  # trained beside a quantized form of the tensor
+                        continue
                     asked = tuple(d for d in DTYPES if d in (own, known.get("dtype"))) or ("float32",)
                     self._wanted.append((name, asked, known, path))
         self._running = {d: Running(shape, DTYPES[d]) for _, asked, _, _ in self._wanted for d in asked}
