@@ -64,7 +64,7 @@ def merge(
     record = record_of(model)
     if record.merged:
         raise StateError(f"{', '.join(record.merged)} is merged already; call peftkit.unmerge(model) first")
-    form = None if into is None else form_of(into, residual_rank, minimum_effect)
+    form = None if into is None else form_of(into, residual_rank)
     if form is None and residual_rank:
         raise ConfigError("residual_rank goes with into='nf4', 'fp4' or 'int8'")
     for name in names:

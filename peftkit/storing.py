@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FUSED = "fused"
-LEAST_EFFECT = 0.5
-"""The share of a change that codes are chosen to keep, even where any share is accepted."""
 KNOWN = (*DTYPES, *get_args(Kind), FUSED)
 
 
@@ -39,8 +37,6 @@ class Form:
     """How codes are made, where there are any."""
     residual_rank: int = 0
     """Rank of what may stay beside codes."""
-    least_effect: float | None = None
-    """The share of a change that codes are to keep, at the cost of more noise where it takes that."""
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -48,7 +44,7 @@ class Form:
         return DTYPES.get(self.into)
 
 
-def form_of(into: str | torch.dtype, residual_rank: int = 0, least_effect: float | None = None) -> Form:
+def form_of(into: str | torch.dtype, residual_rank: int = 0) -> Form:
     """The form that a caller names.
 
     Raises:
@@ -62,7 +58,7 @@ def form_of(into: str | torch.dtype, residual_rank: int = 0, least_effect: float
         raise ConfigError(
             f"residual_rank={residual_rank} with into={name!r}: a residual of 0 or more goes beside nf4, fp4 and int8"
         )
-    return Form(into=name, residual_rank=residual_rank, least_effect=least_effect)
+    return Form(into=name, residual_rank=residual_rank)
 
 
 def unchanged(dtype: torch.dtype | None) -> Form:
@@ -246,7 +242,6 @@ def _coded(given: Given, form: Form) -> Made:
         gram=given.gram,
         directions=_directions(given),
         residual_rank=form.residual_rank,
-        least_effect=max(LEAST_EFFECT, form.least_effect or 0.0),
     )
     residual = None
     if found.residual is not None and found.residual[0].shape[0]:
