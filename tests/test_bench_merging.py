@@ -372,12 +372,14 @@ def test_refusal_for_too_little_effect_is_told_and_the_merge_is_made(
     assert outcome.refused == "only 3 % of what the adapter changes would be stored"
 
     def broken(model: nn.Module, **settings: Any) -> Any:
+        asked.append(settings["minimum_effect"])
         raise peftkit.errors.MergeError("the update is no product")
 
     monkeypatch.setattr(peftkit, "merge", broken)
     outcome = merged(Route(tool="peftkit", base="nf4", into="nf4"), bench.bases, bench.folder, bench.shown, 0.9)
     assert outcome.model is None
     assert outcome.refused == "MergeError: the update is no product"
+    assert asked[2:] == [0.9], "nothing but too little effect is asked for again"
 
 
 def test_certificate_agrees_with_the_yardstick_and_a_wrong_one_does_not(bench: Bench) -> None:
