@@ -14,7 +14,7 @@ from peftkit.certificate import SiteMerge, compared, measured, on_inputs, to_ori
 from peftkit.errors import ConfigError, MergeError, nearest
 from peftkit.lattice import Rows
 from peftkit.quantization import BaseWeights, Kind, QuantizedLinear, original_class
-from peftkit.quantization.native import parts_of
+from peftkit.quantization.layer import parts_of
 from peftkit.quantize import checked
 from peftkit.requantization import requantized
 from peftkit.spec import Adapter

@@ -10,7 +10,7 @@ from peftkit.errors import MergeError
 from peftkit.quantization import bnb, gptq, native, torchao
 from peftkit.quantization.base import BaseWeights, CodedWeights
 from peftkit.quantization.exchange import Former, exchange, original_class, put_back
-from peftkit.quantization.native import KINDS, Kind, QuantizedLinear
+from peftkit.quantization.layer import KINDS, Kind, QuantizedLinear
 from peftkit.quantization.plain import PlainWeights
 
 BACKENDS: tuple[Callable[[nn.Module], CodedWeights | None], ...] = (

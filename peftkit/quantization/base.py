@@ -12,7 +12,7 @@ from peftkit.errors import MergeError
 if TYPE_CHECKING:
     from peftkit_kernels import Stored
 
-    from peftkit.quantization.native import QuantizedLinear
+    from peftkit.quantization.layer import QuantizedLinear
 
 
 class BaseWeights(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import MergeError
 from peftkit.quantization.base import CodedWeights
-from peftkit.quantization.native import QuantizedLinear
+from peftkit.quantization.layer import QuantizedLinear
 
 
 def weights(module: nn.Module) -> CodedWeights | None:

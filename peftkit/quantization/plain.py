@@ -10,7 +10,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peftkit_kernels import Stored
 
-    from peftkit.quantization.native import QuantizedLinear
+    from peftkit.quantization.layer import QuantizedLinear
 
 
 class PlainWeights:
