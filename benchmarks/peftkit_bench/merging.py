@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,23 @@ def run(suite_path: Path, out: Path, *, jobs: int = 1, progress: bool = True) ->
         pending = [cell for cell in planned if cell.key not in finished]
         if len(pending) < len(planned):
             console.print(f"{len(planned) - len(pending)} of {len(planned)} merges are recorded already")
-        with record.writer(out) as writer, engine.quiet():
+        with record.writer(out) as writer, engine.quiet(), _without_chatter("bitsandbytes"):
             _run_cells(suite, prepared, pending, out / ADAPTERS, writer, console)
         return report.write([out], out)
     except RecordError as error:
         raise BenchError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _without_chatter(name: str) -> Iterator[None]:
+    """Keeps a package's notes off the screen, such as one for every layer that computes in another dtype."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def dry_run(suite_path: Path) -> str:
