@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import warnings
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from bench_records import made_up
-from peftkit_bench import engine, merge_suite, merging, record, report, suite
+from merge_suites import changed
+from peftkit_bench import merge_suite, merging, record
 from peftkit_bench.engine import BenchError
 from peftkit_bench.merge_suite import Route
 from peftkit_bench.merge_tools import Bases, merged
 from peftkit_bench.merge_yardstick import Sums, bytes_per_weight, reference, stored_weights
 from peftkit_bench.record import MergeRecord
-from peftkit_bench.report import merges
 from peftkit_bench.spec import SuiteError
 from peftkit_bench.task import SequenceClassification
 from safetensors.torch import load_file
@@ -37,39 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*_check_is_size.*:FutureWarning"),
 ]
 
-SUITES = Path(__file__).parents[1] / "benchmarks" / "suites"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-GOOD: dict[str, Any] = {
-    "kind": "merge",
-    "name": "smoke",
-    "title": "Smoke",
-    "backbone": {"path": "somewhere"},
-    "data": {"origins": ["python", "numpy"], "train": 32, "validation": 8, "test": 24, "max_tokens": 16},
-    "training": {"steps": 3, "batch_size": 8},
-    "calibration_rows": 16,
-    "judged_rows": 8,
-    "adapters": {
-        "LoRA": {"method": "lora", "learning_rate": 0.01, "config": {"r": 2}, "scaled": "lora_B", "sizes": [0.02, 0.1]},
-        "(IA)³": {"method": "ia3", "learning_rate": 0.1},
-    },
-    "routes": {
-        "own": {"tool": "peftkit", "base": "nf4", "into": "bf16"},
-        "own nf4": {"tool": "peftkit", "base": "nf4", "into": "nf4", "calibrated": True, "residual_rank": 1},
-        "own fused": {"tool": "peftkit", "base": "nf4", "into": "fused"},
-        "peft": {"tool": "peft", "base": "nf4", "into": "nf4"},
-    },
-}
-
-
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """GOOD with one value replaced or added; "/" between keys."""
-    made = copy.deepcopy(GOOD)
-    *parents, last = path.split("/")
-    place = made
-    for key in parents:
-        place = place[key]
-    place[last] = value
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -140,82 +106,6 @@ def bench(backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
     judged = merging.batches(prepared.evaluated, 8, prepared.padding, 8)[0]
     judged["attention_mask"][0, 10:] = 0
     return Bench(bases, folder, judged, merging.batches(prepared.train, 16, prepared.padding))
-
-
-# The suite ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("route", {}, r"the suite: unknown key 'route'; did you mean 'routes'"),
-        ("routes/own/inn", "bf16", r"routes.own: unknown key 'inn'; did you mean 'into'"),
-        ("adapters/LoRA/size", 1, r"adapters.LoRA: unknown key 'size'; did you mean 'sizes'"),
-        ("kind", "comparison", r"kind: expected 'merge', found 'comparison'"),
-        ("backbone", {}, r"backbone: give either package or path"),
-        ("training/steps", 0, r"training, steps: expected at least 1, found 0"),
-        ("training/batch_size", 0, r"training, batch_size: expected at least 1, found 0"),
-        ("calibration_rows", 33, r"calibration_rows: expected 1 to 32, the rows of its split, found 33"),
-        ("judged_rows", 0, r"judged_rows: expected 1 to 24, the rows of its split, found 0"),
-        ("minimum_effect", 1.5, r"minimum_effect: expected a share in \[0, 1\], found 1.5"),
-        ("adapters", {}, r"adapters: expected at least one"),
-        ("routes", {}, r"routes: expected at least one"),
-        ("adapters/LoRA/method", "loral", r"adapters, LoRA, method: did you mean 'lora'"),
-        ("adapters/LoRA/method", "prefix", r"adapters, LoRA, method: prefix cannot be merged"),
-        ("adapters/LoRA/learning_rate", 0, r"adapters, LoRA, learning_rate: expected a positive number"),
-        ("adapters/LoRA/sizes", [0.1, 0], r"adapters, LoRA, sizes: expected positive shares"),
-        ("adapters/LoRA/sizes", [], r"adapters, LoRA: sizes go with scaled"),
-        ("adapters/(IA)³/sizes", [0.1], r"adapters, \(IA\)³: sizes go with scaled"),
-        ("routes/own/tool", "axolotl", r"routes, own, tool: choices: bitsandbytes, dequantize, peft, peftkit"),
-        ("routes/own/base", "fp4", r"routes, own, base: peftkit starts from bf16 or nf4 or int8, found 'fp4'"),
-        ("routes/peft/into", "bf16", r"routes, peft, into: peft merges a base in nf4 into nf4, found 'bf16'"),
-        ("routes/peft/calibrated", True, r"routes, peft, calibrated: peft merges without inputs"),
-        ("routes/own/residual_rank", 2, r"routes, own, residual_rank: a positive rank goes beside peftkit's"),
-        ("routes/peft/residual_rank", 2, r"routes, peft, residual_rank: a positive rank goes beside peftkit's"),
-    ],
-)
-def test_suite_that_cannot_be_meant_is_refused(path: str, value: Any, message: str) -> None:
-    with pytest.raises(SuiteError, match=message):
-        merge_suite.parse(changed(path, value))
-
-
-def test_suite_file_is_named_in_the_message(tmp_path: Path) -> None:
-    path = tmp_path / "some.yaml"
-    path.write_text(yaml.safe_dump(changed("kin", 1)))
-    with pytest.raises(SuiteError, match=r"some\.yaml: the suite: unknown key 'kin'; did you mean 'kind'"):
-        merge_suite.load(path)
-
-
-def test_kind_decides_who_runs_a_suite(tmp_path: Path) -> None:
-    path = tmp_path / "some.yaml"
-    for content, expected in (("kind: merge", "merging"), ("name: x", "engine"), ("kind: comparison", "engine")):
-        path.write_text(content)
-        assert suite.runner(path) == expected
-    path.write_text("kind: merges")
-    with pytest.raises(SuiteError, match=r"some\.yaml: kind: did you mean 'merge'"):
-        suite.runner(path)
-    path.write_text("- a list")
-    assert suite.runner(path) == "engine"
-
-
-def test_comparison_takes_no_other_kind() -> None:
-    with pytest.raises(SuiteError, match="unknown key 'calibration_rows'"):
-        suite.parse(copy.deepcopy(GOOD))
-    good = {
-        key: value for key, value in GOOD.items() if key in ("kind", "name", "title", "backbone", "data", "training")
-    }
-    with pytest.raises(SuiteError, match="kind: expected 'comparison', found 'merge'"):
-        suite.parse({**good, "seeds": [0], "contenders": {"LoRA": {"method": "lora"}}})
-
-
-def test_suite_that_comes_with_peftkit_has_every_tool_format_and_method() -> None:
-    found = merge_suite.load(SUITES / "merge.yaml")
-    assert {route.tool for route in found.routes.values()} == set(merge_suite.ROUTES)
-    assert {route.into for route in found.routes.values()} == set(merge_suite.FORMATS)
-    assert {adapter.method for adapter in found.adapters.values()} == {"lora", "adalora", "loha", "oft", "ia3"}
-    assert found.adapters["LoRA"].sizes == (0.01, 0.02, 0.05, 0.1)
-    for adapter in found.adapters.values():
-        peftkit.METHODS[adapter.method].config(**adapter.config)
 
 
 # The yardstick ------------------------------------------------------------------------------------------------------
@@ -352,6 +242,17 @@ def test_what_another_tool_raises_is_its_answer(bench: Bench, tmp_path: Path) ->
     assert "adapter_config.json" in outcome.refused
 
 
+def test_what_is_raised_without_a_message_is_an_answer_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", refusing)
+    outcome = bench.merged(tool="peft", base="bf16", into="bf16")
+    assert outcome.refused == "NotImplementedError: without a message"
+
+
 def test_refusal_for_too_little_effect_is_told_and_the_merge_is_made(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +367,28 @@ def test_run_records_every_merge_resumes_and_reports(
     assert "## Logits, merged into 4 bits (NF4): effect kept / error" in markdown
 
 
+def test_merge_that_cannot_be_measured_does_not_stop_the_others(
+    suite_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = merging.run_cell
+
+    def broken(made: Any, cell: merging.Cell, *rest: Any) -> MergeRecord:
+        if (cell.route, cell.size) == ("own", 0.1):
+            raise ZeroDivisionError("planted")
+        return dataclasses.replace(template, key=cell.key)
+
+    made = yaml.safe_load(suite_path.read_text())
+    del made["adapters"]["(IA)³"]
+    suite_path.write_text(yaml.safe_dump({**made, "routes": {"own": made["routes"]["own"]}}, sort_keys=False))
+    monkeypatch.setattr(merging, "run_cell", lambda *given: real(*given))
+    merging.run(suite_path, tmp_path / "whole", progress=False)
+    template = record.read(tmp_path / "whole")[0]
+    monkeypatch.setattr(merging, "run_cell", broken)
+    with pytest.raises(BenchError, match=r"1 of 2 merges could not be measured(.|\n)*LoRA, 0\.1, own: (.|\n)*planted"):
+        merging.run(suite_path, tmp_path / "out", progress=False)
+    assert len(record.read(tmp_path / "out")) == 1
+
+
 def test_more_than_one_job_is_refused(suite_path: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="one merge at a time, found --jobs 2; leave it out, or give 1"):
         merging.run(suite_path, tmp_path / "out", jobs=2, progress=False)
@@ -505,109 +428,3 @@ def test_calibration_and_judged_rows_come_from_different_files(suite_path: Path)
     prepared = SequenceClassification().prepare(merge_suite.load(suite_path).comparison())
     assert not set(prepared.train.groups) & set(prepared.evaluated.groups)
     assert not set(prepared.train.tokens) & set(prepared.evaluated.tokens)
-
-
-# The report ---------------------------------------------------------------------------------------------------------
-
-
-def made(contender: str, size: float | None = 0.02, **changes: Any) -> MergeRecord:
-    """A made-up record; `changes` replace fields."""
-    pairs = {"weights": [0.5, 0.25], "activations": [0.625, 0.375], "logits": [0.75, 0.125]}
-    fields: dict[str, Any] = {
-        "key": f"{contender} {size}", "suite": "made-up", "title": "Made up", "adapter": "LoRA", "method": "lora",
-        "config": {}, "learning_rate": 0.1, "seed": 0, "scaled": "lora_B", "asked_size": size, "size": size or 0.3,
-        "contender": contender, "tool": "peftkit", "base": "nf4", "into": "nf4", "calibrated": False,
-        "residual_rank": 0, "calibration_rows": 4, "judged_rows": 2, "minimum_effect": 0.9, "refused": None,
-        "kept": {"nf4": pairs, "bf16": pairs}, "as_run": [0.75, 0.125], "sites": {}, "bytes_per_weight": 0.5,
-        "certificate": None, "merge_seconds": 1.0, "training": {"steps": 1, "batch_size": 2},
-        "data": made_up("x", 0.5, 1).data, "backbone": made_up("x", 0.5, 1).backbone, "threads": 1,
-        "environment": made_up("x", 0.5, 1).environment, "started": "2026-01-01T00:00:00+00:00",
-    }  # fmt: skip
-    return MergeRecord(**{**fields, **changes})
-
-
-def test_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    both = [made("a"), made_up("LoRA", 0.5, 10)]
-    with record.writer(tmp_path) as writer:
-        for each in both:
-            writer.append(each)
-    found = record.read(tmp_path)
-    assert [type(each) for each in found] == [type(each) for each in both]
-    assert found[0] == both[0]
-    assert MergeRecord.from_line(both[0].to_line()) == both[0]
-    with pytest.raises(record.RecordError, match=r"misses fields \['tool'\] and has unknown fields \['tol'\]"):
-        record.parsed(both[0].to_line().replace('"tool"', '"tol"'))
-
-
-def test_report_shows_numbers_refusals_and_the_certificate(tmp_path: Path) -> None:
-    certificate = {"effect_difference": 2e-5, "error_difference": 1e-6, "input_effect_difference": 0.003,
-                   "input_error_difference": 0.001, "kept": 1.0}  # fmt: skip
-    records = [
-        made("own", certificate=certificate),
-        made("own", None, adapter="OFT", refused="only 3 % would be stored"),
-        made("theirs", tool="peft"),
-        made("theirs", None, adapter="OFT", tool="peft", kept={}, as_run=None, refused="ValueError: not so"),
-        made("dense", into="bf16", kept={"nf4": {"logits": [1.0, 0.004], "weights": [1, 0], "activations": [1, 0]},
-                                         "bf16": {"logits": [0.9, 3.0]}}),
-        made("fused", into="fused"),
-    ]  # fmt: skip
-    with record.writer(tmp_path / "in") as writer:
-        for each in [made("own", kept={}, started="2025-01-01T00:00:00+00:00"), *records, made_up("A", 0.5, 10)]:
-            writer.append(each)
-    page = report.write([tmp_path / "in"], tmp_path / "out")
-    markdown, html = (tmp_path / "out" / "report.md").read_text(), page.read_text()
-    for text in (
-        "| Adapter | own | theirs | fused |\n|---|--:|--:|--:|",
-        "| LoRA, 2 % | 0.75 / 0.12 | 0.75 / 0.12 | 0.75 / 0.12 |",
-        "| OFT, 30 % as trained | 0.75 / 0.12 † | – | – |",
-        "## Weights, merged into 4 bits (NF4): effect kept / error",
-        "| LoRA, 2 % | 0.50 / 0.25 |",
-        "| LoRA, 2 % | 1.00 / 0.004 |",
-        "† own refuses OFT, 30 % as trained at minimum_effect=0.9; the numbers are those of minimum_effect=0.",
-        "– theirs cannot merge OFT, 30 % as trained: ValueError: not so",
-        "differ from these numbers by at most 2e-05 at any site of 1 merges, effect or error, on weights, and 0.003",
-        "own 0.75 to 0.75 (error 0.12)",
-        "# A made-up comparison",
-    ):
-        assert text in markdown
-    assert "<td>0.75 / 0.12 †</td>" in html
-    assert html.count("<svg") == 3
-    assert "into 8 bits" not in markdown
-    assert merges.tables(merges.merges(records))[-1].rows[0][:6] == (
-        "dense",
-        "16 bits",
-        "1.00",
-        "1.00",
-        "0.004",
-        "0.004",
-    )
-
-
-def test_report_takes_the_newest_record_of_a_merge() -> None:
-    old = made("own", started="2025-01-01T00:00:00+00:00", merge_seconds=9.0)
-    assert merges.merges([made("own"), old]).first.merge_seconds == 1.0
-
-
-def test_committed_results_can_be_read_and_are_those_of_the_suite() -> None:
-    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "merge"
-    found = record.read(folder)
-    wanted = merge_suite.load(SUITES / "merge.yaml")
-    assert {r.contender for r in found} == set(wanted.routes)
-    assert {(r.adapter, r.asked_size) for r in found} == {
-        (name, size) for name, adapter in wanted.adapters.items() for size in adapter.sizes or (None,)
-    }
-
-
-def test_engine_still_runs_comparisons_through_the_command_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from typer.testing import CliRunner
-
-    from peftkit.cli.app import app
-
-    seen = []
-    for module in (engine, merging):
-        monkeypatch.setattr(module, "dry_run", lambda path, name=module.__name__: seen.append((name, path.stem)) or "")
-    for name in ("quick", "merge"):
-        assert CliRunner().invoke(app, ["bench", "run", name, "--dry-run"]).exit_code == 0
-    assert seen == [("peftkit_bench.engine", "quick"), ("peftkit_bench.merging", "merge")]

@@ -145,7 +145,8 @@ def _peft(base: nn.Module, folder: Path, finish: Callable[[nn.Module], nn.Module
         start = time.perf_counter()
         model = finish(adapted.merge_and_unload())
     except Exception as error:  # whatever another tool raises is its answer
-        return Outcome(None, refused=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        said = str(error).strip() or "without a message"
+        return Outcome(None, refused=f"{type(error).__name__}: {said.splitlines()[0]}")
     return Outcome(model, seconds=time.perf_counter() - start)
 
 

@@ -8,6 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def run(suite_path: Path, out: Path, *, jobs: int = 1, progress: bool = True) ->
 
     Raises:
         SuiteError: the suite cannot be meant; nothing was run.
-        BenchError: more than one job was asked for, or another run is writing to the folder.
+        BenchError: more than one job was asked for, a merge could not be measured, or another run is writing to the
+            folder. A merge that a tool refuses is a finding, and is recorded as such.
     """
     suite = load(suite_path)
     if jobs != 1:
@@ -82,7 +84,12 @@ def run(suite_path: Path, out: Path, *, jobs: int = 1, progress: bool = True) ->
         if len(pending) < len(planned):
             console.print(f"{len(planned) - len(pending)} of {len(planned)} merges are recorded already")
         with record.writer(out) as writer, engine.quiet(), _without_chatter("bitsandbytes"):
-            _run_cells(suite, prepared, pending, out / ADAPTERS, writer, console)
+            failures = _run_cells(suite, prepared, pending, out / ADAPTERS, writer, console)
+        if failures:
+            raise BenchError(
+                f"{len(failures)} of {len(planned)} merges could not be measured, the records of the others are in "
+                f"{out}; running the same command again runs only what is missing\n" + "\n".join(failures)
+            )
         return report.write([out], out)
     except RecordError as error:
         raise BenchError(str(error)) from None
@@ -156,9 +163,11 @@ def _identity(suite: MergeSuite, adapter: Adapter, prepared: Prepared) -> dict[s
 
 def _run_cells(
     suite: MergeSuite, prepared: Prepared, pending: Sequence[Cell], kept: Path, writer: record.Writer, console: Console
-) -> None:
+) -> list[str]:
+    """Runs the merges and records each; returns what went wrong, a paragraph for each that could not be measured."""
+    failures: list[str] = []
     if not pending:
-        return
+        return failures
     stamp = {**record.environment(), "versions": engine.versions(), "device": "cpu"}
     bases = Bases(prepared)
     judged = batches(prepared.evaluated, suite.judged_rows, prepared.padding, suite.judged_rows)[0]
@@ -182,15 +191,20 @@ def _run_cells(
             for cell in pending:
                 if (cell.adapter, cell.size) != (name, size):
                     continue
-                found = run_cell(suite, cell, prepared, references, stamp)
-                writer.append(found)
                 done += 1
+                try:
+                    found = run_cell(suite, cell, prepared, references, stamp)
+                except Exception:
+                    failures.append(f"{name}, {size or 'as trained'}, {cell.route}: {traceback.format_exc()}")
+                    continue
+                writer.append(found)
                 left = (time.monotonic() - start) / done * (len(pending) - done)
                 console.print(
                     f"[{done:>3}/{len(pending)}] {name:<8} {found.size:6.2%}  {cell.route:<36} {_line(found)}"
                     f"   {engine.duration(left)} left",
                     markup=False, highlight=False, soft_wrap=True,
                 )  # fmt: skip
+    return failures
 
 
 def _line(found: MergeRecord) -> str:
