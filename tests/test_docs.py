@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,18 @@ def test_commands_exist(page):
         assert word in top, f"{page.name}: peftkit {word}"
         if word == "bench":
             assert following in top["bench"].commands, f"{page.name}: peftkit bench {following}"
+
+
+def test_the_example_takes_an_adapter_through_every_route(tmp_path):
+    program = [sys.executable, str(DOCS / "examples" / "routes.py"), "--steps", "2", "--texts", "32"]
+    done = subprocess.run([*program, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = done.stdout
+    assert [int(n) for n in re.findall(r"^== route (\d+)", text, re.MULTILINE)] == list(range(1, 12))
+    assert text.count("merged default into") >= 6, "a certificate for each of the six merges"
+    assert len(list(tmp_path.glob("certificate-*.json"))) == 6
+    fused = text[text.index("== route 3") : text.index("== route 4")]
+    assert "logits off by 0.0%" in fused
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    assert "refused: llama.cpp" in text

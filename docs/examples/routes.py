@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ def main() -> None:
     """Fits, then takes every route."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 32 texts")
+    parser.add_argument(
+        "--texts",
+        type=int,
+        default=400,
+        help="texts to judge by, and to calibrate on; at most 400",
+    )
     parser.add_argument("--out", type=Path, default=Path("reports/routes"), help="folder for what is exported")
     given = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -66,12 +73,13 @@ def main() -> None:
         ]
 
     collate = transformers.DataCollatorWithPadding(tokenizer)
-    train, unseen = encoded(texts.train), encoded(texts.test)
+    chance = random.Random(0)
+    train, unseen = encoded(texts.train), chance.sample(encoded(texts.test), given.texts)
 
     heading("QLoRA: the base in NF4, a LoRA beside it")
     original = base_model()
     model = peftkit.quantize(base_model(), "nf4", nested=True)
-    peftkit.wrap(model, peftkit.LoRA(r=8, lora_alpha=16, target_modules="all-linear"))
+    peftkit.wrap(model, peftkit.LoRA(r=8, lora_alpha=16))
     print(f"weights: {sum(p.nbytes for p in original.parameters()) / 1e6:.0f} MB before, "
           f"{sum(t.nbytes for t in model.state_dict().values()) / 1e6:.0f} MB with codes and adapter")  # fmt: skip
     arguments = transformers.TrainingArguments(
@@ -87,7 +95,7 @@ def main() -> None:
         parts = [collate(rows[i : i + 64]) for i in range(0, len(rows), 64)]
         return [{k: v.to(device) for k, v in part.items()} for part in parts]
 
-    judged, calibration = batches(unseen), batches(train[:512])
+    judged, calibration = batches(unseen), batches(chance.sample(train, given.texts))
 
     @torch.no_grad()
     def logits(of: Any) -> torch.Tensor:
