@@ -35,14 +35,15 @@ def by_rows(unit: Unit, adapters: Adapters) -> bool:
         return False
     if weight is None or weight.dim() != 2 or not all(unit.keys.values()):
         return False
+    started = [a for a in site.adapters if not adapters.covered(a)]
     try:
-        for adapter in site.adapters:
+        for adapter in started:
             adapters.fill(adapter)
         return all(adapter.part(_side(site.module), 0, 1) is not None for adapter in site.adapters)
     except MergeError:  # the start of an adapter needs the whole weight
         return False
     finally:
-        for adapter in site.adapters:
+        for adapter in started:
             adapters.empty(adapter)
 
 

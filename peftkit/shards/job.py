@@ -37,6 +37,9 @@ INTO = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COPIES = 3
 CONSTANT = 256 * 1024 * 1024
 """Without a bound the buffers may take COPIES times the largest tensor and CONSTANT bytes."""
+AT_ONCE = 24 * 1024 * 1024
+"""Bytes that stripes take together: the allocator gives the same pages out again, where larger buffers are mapped anew
+and their page faults cost more than the folding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,12 @@ class Job:
     def need(self) -> int:
         """Bytes of buffers that are needed at a time."""
         whole = (u.need for u in self.units if id(u) not in self.striped)
-        return max([*whole, self.memory if self.striped else 0, 2 * 16 * 1024 * 1024])
+        stripes = (
+            max(STRIPE * row_need(u, self.source), min(self.memory, AT_ONCE))
+            for u in self.units
+            if id(u) in self.striped
+        )
+        return max([*whole, *stripes, 2 * 16 * 1024 * 1024])
 
 
 def prepared(order: Order) -> Job:
@@ -239,9 +247,11 @@ def _settle_memory(job: Job) -> None:
     """
     methods = ", ".join(sorted({g.planned.method.name for g in job.given if g.planned is not None}))
     for unit in job.units:
-        if unit.need <= job.memory:
+        if unit.need <= min(job.memory, AT_ONCE):
             continue
         stripes = by_rows(unit, job.adapters)
+        if not stripes and unit.need <= job.memory:
+            continue
         least = STRIPE * row_need(unit, job.source) if stripes else unit.need
         how = (
             f"{STRIPE} rows at a time" if stripes else f"all at once, because {methods} cannot be folded there by rows"

@@ -18,7 +18,7 @@ from peftkit.certificate import FILE, MergeReport, SiteMerge
 from peftkit.errors import BaseMismatchError, CheckpointError, MergeError
 from peftkit.shards import files
 from peftkit.shards.folds import fold_rows, fold_whole
-from peftkit.shards.job import Job, size_text
+from peftkit.shards.job import AT_ONCE, Job, size_text
 from peftkit.shards.names import Group, converted
 from peftkit.shards.source import INDEX
 from peftkit.shards.target import Place, Shard, Writer, index
@@ -175,8 +175,8 @@ class _Running:
                 self._advance(tensor.numel() * tensor.element_size())
 
         if id(unit) in job.striped:
-            begin = self._begin(unit)
-            merged = fold_rows(unit, job.source, job.adapters, job.into, job.checker.whole, begin, put, job.memory)
+            begin, memory = self._begin(unit), min(job.memory, AT_ONCE)
+            merged = fold_rows(unit, job.source, job.adapters, job.into, job.checker.whole, begin, put, memory)
         else:
             done, merged = fold_whole(job.model, unit, job.source, job.adapters, job.into, job.checker.whole)
             for key, tensor in done.items():

@@ -216,11 +216,16 @@ class Adapters:
         values = self._values(given, path, module)
         module.to_empty(device="cpu")
         own = module.tensors()
-        filled = {id(own[name]) for name in values if name in own}
-        if not {id(t) for t in (*module.parameters(), *module.buffers())} <= filled:
+        if not _covers(module, own, values):
             with torch.random.fork_rng(devices=[]):
                 self._initialise(given.planned, path, module)
         fill(module, values)
+
+    def covered(self, module: Adapter) -> bool:
+        """Whether the folder has every tensor of an adapter, so that nothing is left to start."""
+        given, path = self._of[id(module)]
+        values, own = self._values(given, path, module), module.tensors()
+        return _covers(module, own, values)
 
     def empty(self, module: Adapter) -> None:
         """Gives the memory back."""
@@ -245,6 +250,11 @@ class Adapters:
                 if there in given.state.get(first, {}):
                     values[name] = given.state[first][there]
         return values
+
+
+def _covers(module: Adapter, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
+    filled = {id(own[name]) for name in values if name in own}
+    return {id(t) for t in (*module.parameters(), *module.buffers())} <= filled
 
 
 def _site(planned: Plan, path: str) -> Site | None:
