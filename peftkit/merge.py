@@ -166,7 +166,7 @@ def _work(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module
 
 
 def _refuse_tied(model: nn.Module, work: list[tuple[str, nn.Module, list[Adapter]]]) -> None:
-    """Raises MergeError when a weight to be changed is also the weight of a module that is not."""
+    """Raises MergeError when a weight to be changed is also another module's, unless both read one trained copy."""
     owners: dict[int, list[str]] = {}
     for path, module in targets.modules(model):
         for name, parameter in module._parameters.items():
@@ -178,10 +178,16 @@ def _refuse_tied(model: nn.Module, work: list[tuple[str, nn.Module, list[Adapter
         for name in module._parameters
         if name == "weight" or any(name in a.replaces for a in adapters)
     }
+    copied = {
+        f"{path}.{name}".lstrip(".")
+        for path, module, adapters in work
+        for name in module._parameters
+        if all(a.raw and name in a.replaces for a in adapters)
+    }
     for path, module, _ in work:
         for name, parameter in module._parameters.items():
             full = f"{path}.{name}".lstrip(".")
-            others = [o for o in owners.get(id(parameter), ()) if o != full and o not in changed]
+            others = [o for o in owners.get(id(parameter), ()) if o != full and not (o in copied and full in copied)]
             if parameter is not None and full in changed and others:
                 raise MergeError(
                     f"{full} is tied to {', '.join(others)}: merging would change both. Use the adapter unmerged, or "

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny import bits, built, logits, picture, randomise
 from torch import nn
 
@@ -316,3 +317,14 @@ def test_merged_plain_linear_is_the_class_of_torch():
     model = adapted("mlp")
     peftkit.merge(model)
     assert type(model.first) is nn.Linear
+
+
+def test_updates_of_both_of_two_tied_weights_are_refused():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    model = transformers.GPT2LMHeadModel(config)
+    peftkit.wrap(model, peftkit.LoRA(r=2, target_modules=["wte", "lm_head"], init_lora_weights=False))
+    before = picture(model)
+    with pytest.raises(MergeError, match=r"is tied to .*: merging would change both"):
+        peftkit.merge(model)
+    assert picture(model)["bits"] == before["bits"]
