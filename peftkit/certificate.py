@@ -47,6 +47,8 @@ class SiteMerge:
     """The effect kept on calibration inputs, as in `effect_kept`; None: none were given."""
     original_error: float | None = None
     """‖stored - (W₁₆ + W' - W)‖ / ‖W' - W‖ with the original weight W₁₆; None: it was not given."""
+    copied: bool = False
+    """Whether the parameter was trained whole, as a new head is: what is meant is the trained copy itself."""
     residual_rank: int = 0
     """Rank of what stays beside the stored weight, and is counted as stored."""
 
@@ -83,7 +85,10 @@ class MergeReport:
 
     @property
     def total_effect(self) -> float:
-        """The effect kept of all changes taken together as one vector; 1.0 without any change."""
+        """The effect kept of all changes taken together as one vector; 1.0 without any change.
+
+        Modules trained whole are left out of totals, unless there is nothing else.
+        """
         return self._total(lambda s: s.effect_kept * s.delta_norm**2, 1.0)
 
     @property
@@ -97,8 +102,10 @@ class MergeReport:
         return math.sqrt(self._total(lambda s: (s.error_relative * s.delta_norm) ** 2, 0.0))
 
     def _total(self, part: Any, empty: float) -> float:
-        whole = sum(s.delta_norm**2 for s in self.sites)
-        return sum(map(part, self.sites)) / whole if whole else empty
+        # A head that was trained whole changes by many times what adapters do, and would hide what becomes of them.
+        counted = [s for s in self.sites if not s.copied] or list(self.sites)
+        whole = sum(s.delta_norm**2 for s in counted)
+        return sum(map(part, counted)) / whole if whole else empty
 
     def to_json(self) -> str:
         """The report as JSON, with the totals."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -210,5 +211,7 @@ def _merge_site(
             kept[identity] = stored[name].clone()
         record.backups.setdefault(path, {})[name] = kept[identity]
         storage = str(stored[name].dtype).removeprefix("torch.")
-        sites.append(measured(path, name, storage, weights.store(name, value)))
+        site = measured(path, name, storage, weights.store(name, value))
+        copied = all(adapter.raw and name in adapter.replaces for adapter in adapters)
+        sites.append(dataclasses.replace(site, copied=copied))
     return sites

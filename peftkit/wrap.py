@@ -406,7 +406,8 @@ def unwrap(model: M, name: str | None = None) -> M:
             swap.refresh(module, (), root=False)
         swap.refresh(model, (), root=False)
         for key, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(flags.get(key, parameter.requires_grad))
+            # What a merge put into codes has no gradient, whatever was there before.
+            parameter.requires_grad_(flags.get(key, parameter.requires_grad) and parameter.is_floating_point())
         return model
     for _, module in list(sites_of(model)):
         swap.refresh(module, (), root=module is model)

@@ -382,3 +382,40 @@ def test_an_adapter_trained_beside_codes_merges_into_the_folder_of_the_original(
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     expected = peftkit.merge_and_unload(peftkit.load(llama(), tmp_path / "adapter"))
     assert torch.equal(logits(merged), logits(expected))
+
+
+@pytest.mark.parametrize("into", ["nf4", "int8"])
+def test_a_plain_model_leaves_in_codes_and_is_saved_and_loaded(into: str, tmp_path: Any) -> None:
+    model = trained(llama(), size=0.2)
+    peftkit.merge(model, into=into, inputs=[batch(s) for s in range(4)], minimum_effect=0)
+    plain = peftkit.merge_and_unload(model)
+    assert not any("peftkit" in key for key in plain.state_dict())
+    plain.save_pretrained(tmp_path)
+    again = peftkit.load_quantized(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(again), logits(plain))
+
+
+def test_a_head_that_was_trained_whole_does_not_hide_an_adapter_that_is_lost() -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            pad_token_id=0,
+        )
+    ).to(torch.bfloat16)
+    peftkit.wrap(model, peftkit.LoRA(r=2, init_lora_weights=False))
+    with torch.no_grad():
+        for _, adapter in adapters_of(model, "default"):
+            if hasattr(adapter, "lora_B"):
+                adapter.lora_B.mul_(1e-5)
+            else:
+                adapter.weight.mul_(3)
+    with pytest.raises(MergeError, match="would be stored"):
+        peftkit.merge(model)
+    report = peftkit.merge(model, minimum_effect=0)
+    assert [s.name for s in report.sites if s.copied] == ["score.weight"]
+    assert report.kept < 0.5
