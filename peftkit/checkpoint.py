@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -451,6 +451,29 @@ def _check_base(model: nn.Module, planned: Plan, provenance: Mapping[str, Any], 
             f"first {wrong[0]!r}. Load the base model that it was trained on "
             f"({base.get('class') if isinstance(base, dict) else None}), or accept this one with ignore=('base',)"
         )
+    check_start(planned, fingerprint.recoded(tensors, stored), source)
+
+
+def check_start(planned: Plan, recoded: Sequence[str], source: Path) -> None:
+    """Raises BaseMismatchError when an adapter starts from weights that are quantized on one side and not on the other.
+
+    Args:
+        recoded: names of such weights.
+    """
+    if recoded and _starts_from_weights(planned):
+        raise BaseMismatchError(
+            f"{source}: the adapter starts from its base, and {recoded[0]} is quantized on one side, when it was "
+            "trained or now, and not on the other: another start would be computed. Load the base that it was trained "
+            "on, or accept this one with ignore=('base',)"
+        )
+
+
+def _starts_from_weights(planned: Plan) -> bool:
+    """Whether an adapter of the plan computes from the base what its folder does not hold."""
+    method, config = planned.method, planned.config
+    with torch.device("meta"):
+        shared = method.shared(planned.sites, config) if method.shared else None
+        return any(method.adapter(site, config, shared).start_from_weight for site in planned.sites)
 
 
 def backbones_class(model: nn.Module) -> str:

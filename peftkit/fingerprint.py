@@ -88,6 +88,15 @@ def base_tensors(
     return found
 
 
+def recoded(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[str]:
+    """Names of tensors that are in codes on one side, the model's or a stored fingerprint's, and not on the other."""
+    return sorted(
+        n
+        for n, t in tensors.items()
+        if n in stored and not t.is_meta and _in_codes(t) != (stored[n].get("dtype") == CODES)
+    )
+
+
 def _in_codes(tensor: Tensor) -> bool:
     """Whether a tensor holds a weight in codes, whose bits depend on how a package lays them out."""
     return not tensor.is_floating_point() or type(tensor.data).__module__.startswith("torchao.")

@@ -222,6 +222,9 @@ class Adapter(nn.Module):
     additive: ClassVar[bool] = False
     """True: what `merged` adds to the parameters does not depend on them, so that it can be scaled."""
 
+    start_from_weight: bool = False
+    """True: what is not saved of the adapter is computed again from the module's weight when it is attached."""
+
     def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's output with the adapter applied.
 

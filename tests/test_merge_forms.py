@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit.certificate import MergeReport
-from peftkit.errors import CheckpointError, ConfigError, MergeError
+from peftkit.errors import BaseMismatchError, CheckpointError, ConfigError, MergeError
 from peftkit.quantization import QuantizedLinear, is_quantized, weights_of
 from peftkit.wrap import adapters_of
 
@@ -419,3 +419,13 @@ def test_a_head_that_was_trained_whole_does_not_hide_an_adapter_that_is_lost() -
     report = peftkit.merge(model, minimum_effect=0)
     assert [s.name for s in report.sites if s.copied] == ["score.weight"]
     assert report.kept < 0.5
+
+
+def test_a_start_that_was_taken_from_codes_is_not_taken_from_the_original_folder(tmp_path: Any) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    peftkit.save(
+        peftkit.wrap(peftkit.quantize(llama(), "nf4"), peftkit.LoRA(init_lora_weights="pissa")), tmp_path / "adapter"
+    )
+    with pytest.raises(BaseMismatchError, match="another start would be computed"):
+        peftkit.merge_shards(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

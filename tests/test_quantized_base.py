@@ -321,3 +321,11 @@ def test_trained_copies_are_float32_beside_codes_and_the_head_computes_in_the_mo
     assert set(copies.values()) == {torch.float32}
     assert model(**inputs()).logits.dtype == torch.bfloat16
     assert model.model.norm.weight.dtype == torch.bfloat16, "what does not train is not made wider"
+
+
+def test_an_adapter_that_starts_from_codes_is_refused_on_the_original_weights(tmp_path: Any) -> None:
+    peftkit.save(peftkit.wrap(quantized("nf4"), peftkit.LoRA(init_lora_weights="pissa")), tmp_path)
+    peftkit.load(quantized("nf4"), tmp_path)
+    with pytest.raises(BaseMismatchError, match="another start would be computed"):
+        peftkit.load(plain(), tmp_path)
+    peftkit.load(plain(), tmp_path, ignore=("base",))

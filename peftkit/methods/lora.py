@@ -97,7 +97,7 @@ class LoraAdapter(Adapter):
         rank = _rank(site, cfg)
         self.scale = _scale(site, cfg)
         self.dropout = cfg.lora_dropout
-        self.moves_base = cfg.init_lora_weights in ("pissa", "olora")
+        self.moves_base = self.start_from_weight = cfg.init_lora_weights in ("pissa", "olora")
         self.lora_A = nn.Parameter(torch.empty(rank, site.in_features))
         self.lora_B = nn.Parameter(torch.empty(site.out_features, rank))
         self.lora_bias = nn.Parameter(torch.empty(site.out_features)) if cfg.lora_bias else None

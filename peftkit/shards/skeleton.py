@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftkit import backbones, checkpoint, folder, targets
 from peftkit.errors import BackboneError, BaseMismatchError, CheckpointError, ConfigError, MergeError
-from peftkit.fingerprint import base_tensors
+from peftkit.fingerprint import CODES, base_tensors
 from peftkit.plan import Plan
 from peftkit.shards.names import Names
 from peftkit.shards.source import DTYPES, FOLDABLE, Source
@@ -312,6 +312,8 @@ def checks_of(model: nn.Module, given: Sequence[Given], names: Names) -> Checks:
                 f"only, first {wrong[0]!r}. Give the base that it was trained on ({base.get('class')}), or accept this "
                 "one with ignore=('base',), --ignore base"
             )
+        coded = [name for name, known in stored.items() if known.get("dtype") == CODES]
+        checkpoint.check_start(adapter.planned, coded, adapter.path)
         for name, digests in stored.items():
             found.digests.setdefault(name, []).append((digests, adapter.path))
     return found
