@@ -253,11 +253,12 @@ def to_original(site: SiteMerge, before: Tensor, meant: Tensor, after: Tensor, o
     return dataclasses.replace(site, original_error=float(wrong) / site.delta_norm if site.delta_norm else 0.0)
 
 
-def measured(path: str, name: str, dtype: str, found: Stored) -> SiteMerge:
+def measured(path: str, name: str, dtype: str, found: Stored, *, copied: bool = False) -> SiteMerge:
     """The facts of one parameter that was stored.
 
     Args:
         dtype: how it is stored now.
+        copied: whether it was trained whole.
 
     Raises:
         MergeError: the weight before, the merged value or what was stored of it is not finite.
@@ -286,4 +287,5 @@ def measured(path: str, name: str, dtype: str, found: Stored) -> SiteMerge:
         changed=found.changed / found.elements if found.elements else 0.0,
         effect_kept=found.product / found.delta_square if size else 1.0,
         delta_norm=size,
+        copied=copied,
     )

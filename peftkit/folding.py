@@ -41,3 +41,8 @@ def folded(
             raise MergeError(f"{path}: {error}") from None
         meant.update({n: turn(n, v) for n, v in new.items()} if adapter.raw else new)
     return {n: v for n, v in meant.items() if v is not base[n]}
+
+
+def trained_whole(name: str, adapters: Sequence[Adapter]) -> bool:
+    """Whether all that changes a parameter is a trained copy of it."""
+    return all(adapter.raw and name in adapter.replaces for adapter in adapters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ from peftkit import targets
 from peftkit.certificate import MergeReport, SiteMerge, kept_at, measured
 from peftkit.conversion import anew, take_over
 from peftkit.errors import ConfigError, MergeError, StateError
-from peftkit.folding import folded
+from peftkit.folding import folded, trained_whole
 from peftkit.quantization import KINDS, weights_of
 from peftkit.spec import Adapter
 from peftkit.storing import form_of
@@ -183,7 +182,7 @@ def _refuse_tied(model: nn.Module, work: list[tuple[str, nn.Module, list[Adapter
         f"{path}.{name}".lstrip(".")
         for path, module, adapters in work
         for name in module._parameters
-        if all(a.raw and name in a.replaces for a in adapters)
+        if trained_whole(name, adapters)
     }
     for path, module, _ in work:
         for name, parameter in module._parameters.items():
@@ -211,7 +210,6 @@ def _merge_site(
             kept[identity] = stored[name].clone()
         record.backups.setdefault(path, {})[name] = kept[identity]
         storage = str(stored[name].dtype).removeprefix("torch.")
-        site = measured(path, name, storage, weights.store(name, value))
-        copied = all(adapter.raw and name in adapter.replaces for adapter in adapters)
-        sites.append(dataclasses.replace(site, copied=copied))
+        found = weights.store(name, value)
+        sites.append(measured(path, name, storage, found, copied=trained_whole(name, adapters)))
     return sites

@@ -221,6 +221,7 @@ def engine(monkeypatch):
         run=lambda path, out, *, jobs=1, progress=True: calls.append((path, out, jobs, progress)) or out,
         dry_run=lambda path: f"would run {path.name}",
         write=lambda folders, out: calls.append((folders, out)) or out,
+        runner=lambda path: "engine",
     )
     monkeypatch.setattr(bench, "_bench_module", lambda name: fake)
     return calls
@@ -259,7 +260,9 @@ def test_bench_run_says_how_to_go_on_when_interrupted(command, monkeypatch, tmp_
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "_bench_module", lambda name: types.SimpleNamespace(run=interrupted))
+    monkeypatch.setattr(
+        bench, "_bench_module", lambda name: types.SimpleNamespace(run=interrupted, runner=lambda path: "engine")
+    )
     suite = tmp_path / "mine.yaml"
     suite.write_text("name: mine\n")
     code, _, err = command("bench", "run", str(suite))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftkit.certificate import SiteMerge, measured
 from peftkit.errors import MergeError
-from peftkit.folding import folded
+from peftkit.folding import folded, trained_whole
 from peftkit.quantization import weights_of
 from peftkit.shards.names import check_way_back, converted, reverted
 from peftkit.shards.skeleton import Adapters
@@ -150,7 +150,7 @@ def _fold(site: Site, adapters: Adapters, into: torch.dtype | None) -> tuple[dic
     merged = []
     for name, (value, sums) in found.items():
         storage = str(value.dtype).removeprefix("torch.")
-        merged.append(measured(site.path, name, storage, sums))
+        merged.append(measured(site.path, name, storage, sums, copied=trained_whole(name, site.adapters)))
         stored[name] = value
     return stored, merged
 
@@ -272,7 +272,10 @@ def fold_rows(
             adapters.empty(adapter)
     running.finish()
     storage = {n: str(into or source.entries[unit.keys[f"{site.path}.{n}".lstrip(".")][0]].torch_dtype) for n in totals}
-    return [measured(site.path, n, storage[n].removeprefix("torch."), sums) for n, sums in totals.items()]
+    return [
+        measured(site.path, n, storage[n].removeprefix("torch."), sums, copied=trained_whole(n, site.adapters))
+        for n, sums in totals.items()
+    ]
 
 
 def _cast(tensor: Tensor, into: torch.dtype | None) -> Tensor:
