@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny import checkpointed
 from torch import nn
 
 import peftkit
@@ -329,3 +330,16 @@ def test_an_adapter_that_starts_from_codes_is_refused_on_the_original_weights(tm
     with pytest.raises(BaseMismatchError, match="another start would be computed"):
         peftkit.load(plain(), tmp_path)
     peftkit.load(plain(), tmp_path, ignore=("base",))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("storage", ["bnb nf4", "nf4", "int8"])
+def test_gradients_arrive_under_checkpointing_without_a_further_call(storage: str, reentrant: bool) -> None:
+    model = peftkit.wrap(quantized(storage), peftkit.LoRA(init_lora_weights=False)).train()
+    model(**inputs()).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    checkpointed(model, reentrant)(**inputs()).loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[n], g, rtol=0.02, atol=0.02 * float(g.abs().max())) for n, g in expected.items())
