@@ -33,8 +33,6 @@ class Form:
 
     into: str
     """One of KNOWN; "": the dtype that the weight had, or was quantized from."""
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """How codes are made, where there are any."""
     residual_rank: int = 0
     """Rank of what may stay beside codes."""
 
@@ -126,8 +124,7 @@ def stored_anew(given: Given, form: Form) -> tuple[nn.Module, list[SiteMerge]]:
     if "bias" in given.meant:
         before, meant, stored = given.before["bias"], given.meant["bias"], own.bias.detach().to(torch.float32)
         changed = int((stored != before).sum())
-        dtype = str(own.bias.dtype).removeprefix("torch.")
-        sites.append(measured(given.path, "bias", dtype, compared(before, meant, stored, changed)))
+        sites.append(measured(given.path, "bias", _name(own.bias.dtype), compared(before, meant, stored, changed)))
     return module, sites
 
 
@@ -203,7 +200,8 @@ def _fused(given: Given, form: Form) -> Made:
     return module, module.dequantized(torch.float32).addmm_(up, down), given.before["weight"], f"{layer.kind} fused"
 
 
-def _layer_like(layer: QuantizedLinear, given: Given, residual: tuple[Tensor, Tensor]) -> QuantizedLinear:
+def _layer_like(layer: QuantizedLinear, given: Given, residual: tuple[Tensor, Tensor] | None) -> QuantizedLinear:
+    """A layer with the same codes, the bias that is to be stored, and another low-rank part."""
     scales = {n: b for n, b in layer._buffers.items() if b is not None and not n.startswith("residual")}
     return QuantizedLinear.holding(
         layer.weight.data,
@@ -223,15 +221,23 @@ def _coded(given: Given, form: Form) -> Made:
     kind: Any = form.into
     layer = given.weights.layer()
     same = layer is not None and layer.kind == kind and layer.residual_down is None
-    settings = dict(form.settings)
+    own: dict[str, Any] = {}
     if same and layer is not None:
-        settings = {"dynamic": layer.dynamic} if kind == "int8" else {"block": layer.block, "nested": layer.nested}
-    settings = checked(kind, **settings)
+        own = {"dynamic": layer.dynamic} if kind == "int8" else {"block": layer.block, "nested": layer.nested}
+    settings = checked(kind, **own)
     before = given.before["weight"]
     dtype = given.weights.dtype
+    # Layers of another package hold no residual, and a model of two packages' layers cannot be loaded again.
+    backend = given.weights.holding if same and not form.residual_rank else _itself
     if "weight" not in given.meant:
-        module = QuantizedLinear.of(before, given.bias(dtype), kind=kind, **{**_of(given), **settings})
-        return (given.weights.holding(module) if same else module), module.dequantized(torch.float32), before, kind
+        if same and layer is not None:
+            return backend(_layer_like(layer, given, None)), before, before, kind
+        return (
+            QuantizedLinear.of(before, given.bias(dtype), kind=kind, **{**_of(given), **settings}),
+            before,
+            before,
+            kind,
+        )
     found = requantized(
         given.target,
         _start(layer) if same and layer is not None else None,
@@ -258,7 +264,11 @@ def _coded(given: Given, form: Form) -> Made:
     if residual is not None:
         after.addmm_(residual[1].float(), residual[0].float())
     reference = before if same else _decoded(before, kind, settings)
-    return (given.weights.holding(module) if same else module), after, reference, kind
+    return backend(module), after, reference, kind
+
+
+def _itself(layer: QuantizedLinear) -> nn.Module:
+    return layer
 
 
 def _of(given: Given) -> dict[str, Any]:

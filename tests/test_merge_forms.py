@@ -429,3 +429,20 @@ def test_a_start_that_was_taken_from_codes_is_not_taken_from_the_original_folder
     with pytest.raises(BaseMismatchError, match="another start would be computed"):
         peftkit.merge_shards(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_residual_makes_every_layer_of_another_package_ones_own_code_by_code(tmp_path: Any) -> None:
+    model = BASES["bnb nested fp4"](llama())
+    codes = {p: weights_of(m).layer() for p, m in model.named_modules() if is_quantized(m)}
+    trained(model, target_modules=["q_proj"], size=0.05)
+    peftkit.merge(model, into="fp4", residual_rank=2, minimum_effect=0)
+    layers = {p: m for p, m in model.named_modules() if is_quantized(m)}
+    assert {type(m) for m in layers.values()} == {QuantizedLinear}
+    for path, layer in layers.items():
+        if not path.endswith("q_proj"):
+            before, after = codes[path].state_dict(), layer.state_dict()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(after[k], v) for k, v in before.items())
+    merged = logits(model)
+    peftkit.merge_and_unload(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(peftkit.load_quantized(tmp_path, dtype=torch.float32).eval()), merged)
