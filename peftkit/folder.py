@@ -112,19 +112,19 @@ def write(folder: Path, files: Mapping[str, bytes], tensors: Mapping[str, Tensor
         fresh.mkdir()
         if tensors is not None:
             safetensors.torch.save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt"})
-            _sync(fresh / WEIGHTS)
+            sync(fresh / WEIGHTS)
         for name, content in files.items():
             (fresh / name).write_bytes(content)
-            _sync(fresh / name)
+            sync(fresh / name)
         if folder.is_dir():
             _link_foreign(folder, fresh, {*files, *([] if tensors is None else [WEIGHTS])})
-        _sync(fresh)
+        sync(fresh)
         inside = _working_directory_below(folder)
         put_in_place(fresh, folder)
         if inside is not None:
             os.chdir(inside)
         with contextlib.suppress(OSError):  # the new folder is in place; only its entry may not be on the disk yet
-            _sync(folder.parent)
+            sync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         hint = "; it is a mount point, save into a subfolder of it" if os.path.ismount(folder) else ""
         raise CheckpointError(f"{folder} could not be written, and is as it was: {error}{hint}") from error
@@ -149,7 +149,8 @@ def _working_directory_below(folder: Path) -> Path | None:
     return None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when what was written to a file, or into a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

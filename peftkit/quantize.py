@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftkit import backbones, targets
 from peftkit.errors import BackboneError, ConfigError, StateError, nearest
@@ -109,19 +109,12 @@ def quantizable(
     }
 
 
-def fresh_layer(
-    module: nn.Module, kind: Kind, settings: dict[str, Any], weight: Tensor | None = None
-) -> QuantizedLinear:
-    """A layer of peftkit's with the module's weight, or another in its place, quantized.
-
-    Args:
-        weight: (out, in).
-    """
+def fresh_layer(module: nn.Module, kind: Kind, settings: dict[str, Any]) -> QuantizedLinear:
+    """A layer of peftkit's with the module's weight quantized."""
     own: Any = module
-    if weight is None:
-        weight = own.weight.detach() if isinstance(module, nn.Linear) else own.weight.detach().t()
-    bias = None if own.bias is None else own.bias.detach()
     conv1d = not isinstance(module, nn.Linear)
+    weight = own.weight.detach().t() if conv1d else own.weight.detach()
+    bias = None if own.bias is None else own.bias.detach()
     return QuantizedLinear.of(weight, bias, kind=kind, **{"dtype": weight.dtype, "conv1d": conv1d, **settings})
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peftkit.errors import CheckpointError
+from peftkit.folder import put_in_place, sync
 from peftkit.shards.source import CHUNK, INDEX, SINGLE
 
 try:
@@ -173,7 +174,7 @@ class Writer:
             os.close(self._descriptor)
             self._descriptor = -1
         part.replace(self.path / shard.file)
-        _sync(self.path)
+        sync(self.path)
 
     def write(self, offset: int, data: Tensor) -> None:
         """Writes the bytes of a tensor at an offset of the current file."""
@@ -193,14 +194,12 @@ class Writer:
 
     def finish(self) -> None:
         """Gives the folder its name in one step; an old folder of that name goes."""
-        from peftkit.folder import put_in_place
-
         (self.path / JOURNAL).unlink()
-        _sync(self.path)
+        sync(self.path)
         put_in_place(self.path, self.out)
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # it is in place; only its entry may not be on the disk yet
-            _sync(self.out.parent)
+            sync(self.out.parent)
 
 
 def _bytes(flat: Tensor) -> Any:
@@ -239,14 +238,6 @@ def _locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise CheckpointError(f"{path} is being written by another process; wait for it, or end it") from None
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
