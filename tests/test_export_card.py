@@ -219,7 +219,7 @@ def test_write_that_fails_leaves_the_old_export_and_nothing_else(target, adapter
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder, "_sync", full)
+    monkeypatch.setattr(folder, "sync", full)
     with pytest.raises(CheckpointError, match=r"could not be written, and is as it was: .*No space left"):
         export(adapter, tmp_path / "out", to=target, overwrite=True)
     with pytest.raises(CheckpointError, match=r"No space left"):
