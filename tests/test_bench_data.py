@@ -4,8 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from peftkit_bench import data
-from peftkit_bench.data import DataError, docstring_origin, first_paragraphs, mask, normalise, without_duplicates
+from peftkit_bench.data import docstrings
+from peftkit_bench.data.dataset import SPLITS, DataError, Dataset
+from peftkit_bench.data.docstrings import (
+    DocstringOrigin,
+    docstring_origin,
+    first_paragraphs,
+    mask,
+    normalise,
+    without_duplicates,
+)
+from peftkit_bench.tasks.sequence_classification import SequenceClassification
 
 SUBJECTS = {
     "alpha": ("matrix", "vector", "tensor", "kernel", "gradient", "eigenvalue"),
@@ -34,32 +43,33 @@ def write_sources(root: Path) -> dict[str, Path]:
     return roots
 
 
-def build(root: Path, cache: Path, **changes: int) -> data.Dataset:
-    sizes = {"train": 60, "validation": 12, "test": 24, **changes}
-    return docstring_origin(["alpha", "beta"], roots=write_sources(root), cache=cache, **sizes)
+SIZES = {"train": 60, "tune": 12, "stop": 12, "test": 24}
+SMALL = {"train": 2, "tune": 2, "stop": 2, "test": 2}
+
+
+def build(root: Path, cache: Path, **changes: int) -> Dataset:
+    return docstring_origin(["alpha", "beta"], {**SIZES, **changes}, roots=write_sources(root), cache=cache)
 
 
 def test_data_set_is_balanced_and_splits_share_no_text_and_no_file(tmp_path: Path) -> None:
     made = build(tmp_path / "src", tmp_path / "cache")
-    assert [len(made.split(name)) for name in data.SPLITS] == [60, 12, 24]
-    for name in data.SPLITS:
-        assert [sum(e.label == label for e in made.split(name)) for label in (0, 1)] == [len(made.split(name)) // 2] * 2
-    texts = [{normalise(e.text) for e in made.split(name)} for name in data.SPLITS]
-    files = [{e.source for e in made.split(name)} for name in data.SPLITS]
-    for parts in (texts, files):
-        assert not parts[0] & parts[1]
-        assert not parts[0] & parts[2]
-        assert not parts[1] & parts[2]
-    assert len(set.union(*texts)) == 96
+    assert {name: len(made.splits[name]) for name in SPLITS} == SIZES
+    for found in made.splits.values():
+        labels = [e.fields["label"] for e in found]
+        assert labels.count("alpha") == labels.count("beta") == len(found) // 2
+    for of in (lambda e: normalise(e.fields["text"]), lambda e: e.source, lambda e: e.group):
+        parts = [{of(e) for e in made.splits[name]} for name in SPLITS]
+        assert sum(map(len, parts)) == len(set.union(*parts))
+    assert len({normalise(e.fields["text"]) for found in made.splits.values() for e in found}) == 108
 
 
 def test_data_set_of_installed_packages_leaks_nothing(tmp_path: Path) -> None:
-    made = docstring_origin(["python", "numpy"], train=80, validation=20, test=40, cache=tmp_path)
-    texts = [normalise(e.text) for name in data.SPLITS for e in made.split(name)]
-    assert len(texts) == len(set(texts))
-    sources = [{e.source for e in made.split(name)} for name in data.SPLITS]
+    made = docstring_origin(["python", "numpy"], {"train": 80, "tune": 20, "stop": 20, "test": 40}, cache=tmp_path)
+    texts = [e.fields["text"] for name in SPLITS for e in made.splits[name]]
+    assert len(texts) == len({normalise(text) for text in texts})
+    sources = [{e.source for e in made.splits[name]} for name in SPLITS]
     assert sum(map(len, sources)) == len(set.union(*sources))
-    everything = " ".join(e.text for name in data.SPLITS for e in made.split(name)).lower()
+    everything = " ".join(texts).lower()
     for name in ("numpy", "python", " np.", "http:", "https:"):
         assert name not in everything
 
@@ -67,24 +77,20 @@ def test_data_set_of_installed_packages_leaks_nothing(tmp_path: Path) -> None:
 def test_data_set_is_the_same_when_built_again_and_when_read_from_the_cache(tmp_path: Path) -> None:
     first = build(tmp_path / "src", tmp_path / "one")
     cached = docstring_origin(
-        ["alpha", "beta"],
-        train=60, validation=12, test=24,
-        roots={o: tmp_path / "src" / o for o in SUBJECTS}, cache=tmp_path / "one",
+        ["alpha", "beta"], SIZES, roots={o: tmp_path / "src" / o for o in SUBJECTS}, cache=tmp_path / "one",
     )  # fmt: skip
     again = build(tmp_path / "other", tmp_path / "two")
     assert first == cached
     assert first.hash == cached.hash == again.hash
-    assert first.test == again.test
+    assert first.splits["test"] == again.splits["test"]
 
 
 def test_data_set_is_built_anew_when_a_source_changes(tmp_path: Path) -> None:
     first = build(tmp_path / "src", tmp_path / "cache")
-    used = tmp_path / "src" / first.test[0].source
+    used = tmp_path / "src" / first.splits["test"][0].source
     used.write_text('"""A wholly different description that nothing else in here has."""\n')
     second = docstring_origin(
-        ["alpha", "beta"],
-        train=60, validation=12, test=24,
-        roots={o: tmp_path / "src" / o for o in SUBJECTS}, cache=tmp_path / "cache",
+        ["alpha", "beta"], SIZES, roots={o: tmp_path / "src" / o for o in SUBJECTS}, cache=tmp_path / "cache",
     )  # fmt: skip
     assert second.hash != first.hash
     assert len(list((tmp_path / "cache").glob("*.json"))) == 2
@@ -96,12 +102,12 @@ def test_data_set_raises_when_an_origin_has_too_little(tmp_path: Path) -> None:
 
 
 def test_data_set_raises_when_sizes_or_origins_cannot_be_met(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="validation: expected a multiple of 2"):
-        build(tmp_path / "src", tmp_path / "cache", validation=13)
+    with pytest.raises(DataError, match="tune: expected a multiple of 2"):
+        build(tmp_path / "src", tmp_path / "cache", tune=13)
     with pytest.raises(DataError, match="origin 'nosuchpackage': expected an installed package"):
-        docstring_origin(["python", "nosuchpackage"], train=2, validation=2, test=2, cache=tmp_path)
+        docstring_origin(["python", "nosuchpackage"], SMALL, cache=tmp_path)
     with pytest.raises(DataError, match="two different origins"):
-        docstring_origin(["python", "python"], train=2, validation=2, test=2, cache=tmp_path)
+        docstring_origin(["python", "python"], SMALL, cache=tmp_path)
 
 
 def test_cache_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +138,7 @@ def test_mask_hides_names_of_origins(text: str, expected: str) -> None:
 
 def test_mask_hides_module_names_that_only_their_own_origin_mentions() -> None:
     texts = {"one": ["calls ndimage on a signal"], "two": ["sends a signal"]}
-    telltales = data.telltale_names(texts, {"one": {"ndimage", "signal"}, "two": set()})
+    telltales = docstrings.telltale_names(texts, {"one": {"ndimage", "signal"}, "two": set()})
     assert telltales == {"ndimage"}
     assert mask("calls ndimage on a signal", telltales) == "calls NAME on a signal"
 
@@ -178,4 +184,11 @@ def test_source_files_are_never_imported(tmp_path: Path) -> None:
     (roots["alpha"] / "bomb.py").write_text(
         '"""Text that is long enough to be taken for an example."""\nraise SystemExit'
     )
-    assert docstring_origin(["alpha", "beta"], train=60, validation=12, test=24, roots=roots, cache=tmp_path).train
+    assert docstring_origin(["alpha", "beta"], SIZES, roots=roots, cache=tmp_path).splits["train"]
+
+
+def test_source_gives_the_columns_of_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path))
+    task = SequenceClassification()
+    made = DocstringOrigin(origins=("python", "numpy"), train=4, tune=2, stop=2, test=2).dataset(task)
+    assert all(task.read(e.fields) == e.fields for found in made.splits.values() for e in found)

@@ -77,6 +77,12 @@ class PeakMemory:
         elif CAN_RESET:
             _CLEAR.write_text("5")
 
+    def held_bytes(self) -> int:
+        """What is held now, over the floor; 0 where nothing but a peak can be read."""
+        if self.device.type == "cuda":
+            return max(0, torch.cuda.memory_allocated(self.device) - self._floor)
+        return max(0, _status_bytes("VmRSS") - self._floor) if CAN_RESET else 0
+
     def peak_bytes(self) -> int:
         """The peak since `start`, over the floor; 0 where a process that trains a tiny model shrank below it."""
         if self.device.type == "cuda":

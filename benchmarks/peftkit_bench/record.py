@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -10,6 +11,8 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +26,9 @@ except ImportError:  # pragma: no cover - Windows has no file locks of this kind
 
 T = TypeVar("T")
 
-SCHEMA = 1
 FILE = "records.jsonl"
+OUTCOMES = "predictions"
+"""Folder beside the records with a file for each cell, named by its key."""
 STAMPED = (
     "peftkit",
     "torch",
@@ -49,7 +53,8 @@ class _Line:
 
     def to_line(self) -> str:
         """The record as one line of JSON with sorted keys."""
-        values = dataclasses.asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
+        values = {f.name: getattr(self, f.name) for f in fields if f.metadata.get("stored", True)}
         return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
@@ -70,6 +75,8 @@ class Record(_Line):
     """Hash of everything that determines the result; a finished key is not run again."""
     variant: str
     """The same without the seed: records that differ in nothing else."""
+    trial: str
+    """The same without seed, learning rate, phase and split: what one search chooses among, and then runs."""
     suite: str
     title: str
     """What the suite calls itself."""
@@ -78,23 +85,36 @@ class Record(_Line):
     subject: str
     """Who implements the method, such as "peftkit"."""
     method: str
+    quantization: str | None
+    """How the frozen weights were stored; None: as the backbone has them."""
     baseline: bool
     """Whether it is a mark to compare with rather than a candidate."""
+    phase: str
+    """"search": chooses a learning rate; "final": counts."""
     seed: int
     split: str
-    """The split that was predicted: "test", or "validation" when learning rates are searched."""
+    """The split that was predicted: "tune" in a search, "test" in the end."""
     config: Mapping[str, Any]
     """The method's fields as they were used, the solved size included."""
     learning_rate: float
+    searched: Mapping[str, Any]
+    """Values of whatever else was searched, by name; empty: the learning rate alone."""
     training: Mapping[str, Any]
     """Steps, batch size and the rest of the training settings."""
-    task: str
+    tuning: Mapping[str, Any] | None
+    """How the learning rate was searched: the grid, or trials; None: the suite gave it."""
+    task: Mapping[str, Any]
+    """Name and options."""
+    metric: str
+    """Name in `peftkit_bench.metrics.METRICS`."""
     data: Mapping[str, Any]
-    """Name, hash, classes and split sizes of the data set."""
+    """Name, hash, split sizes, and what the task learnt from the rows."""
     backbone: Mapping[str, Any]
     """Name, hash of the weights and parameter count of the frozen model."""
     budget: int | None
-    """Trainable parameters that the size was solved for, the head left out; None: no budget."""
+    """Trainable parameters that the size was solved for, the head left out; None: no budget, or no size to solve."""
+    budgets: Sequence[int]
+    """All budgets of the suite, ascending."""
     knob: str | None
     """The field that was solved for the budget; None: the method has none."""
     adapter_parameters: int
@@ -103,21 +123,28 @@ class Record(_Line):
     """How many of them remain to be kept: fewer where the method prunes, or folds away what only training needs."""
     head_parameters: int
     total_parameters: int
-    accuracy: float
-    predictions: Sequence[int]
-    """Class predicted for each example of the split, in the data set's order."""
-    labels: Sequence[int]
-    groups: Sequence[int]
-    """Number of the source file of each example; examples of one file are not independent."""
+    score: float
+    """By `metric`, on `split`."""
+    outcomes: str
+    """Hash of the cell's file of predictions and counts, see `Outcomes`."""
     losses: Sequence[float]
     """Training loss of each step."""
+    stopping: Sequence[Sequence[float]]
+    """Pairs (steps made, value on the stop split), in the order of training."""
+    stopping_measure: str
+    """What that value is: the metric's name, or "nats a token" where the metric would have to generate text."""
+    best_step: int
+    """Steps after which the kept weights were as they are: the best of `stopping`."""
     train_seconds: float
     """Training without loading, tokenising and evaluation."""
     evaluate_seconds: float
+    """Predicting `split` once."""
     peak_bytes: int
     """Peak memory of training over what the process held before the backbone was loaded."""
+    steady_bytes: int
+    """What is held between two training steps, over the same floor; the median of all steps."""
     memory_method: str
-    """How it was taken."""
+    """How they were taken."""
     adapter_bytes: int
     """Size of the saved adapter folder, head included."""
     base_latency_seconds: float
@@ -128,8 +155,13 @@ class Record(_Line):
     """The same after merging; None: the method cannot be merged."""
     merged_logit_difference: float | None
     """Largest difference of a logit between merged and unmerged over the timed rows."""
+    effect_kept: float | None
+    """⟨m - b, a - b⟩ / ‖a - b‖² with b, a, m the last hidden states of the timed rows for base, adapter beside the
+    weights, and merged; None: the method cannot be merged, or changes nothing."""
     latency_rows: int
     latency_tokens: int
+    forgetting: Mapping[str, float] | None
+    """Nats a token on general text, "before" and "after" training; None: the suite names no such text."""
     threads: int
     jobs: int
     """Cells that ran at the same time."""
@@ -139,7 +171,50 @@ class Record(_Line):
     """UTC, ISO 8601."""
     cell_seconds: float
     """The whole cell: loading, training, predicting, measuring."""
-    schema: int = field(default=SCHEMA)
+    schema: int = field(default=2)
+    folder: Path | None = field(default=None, compare=False, metadata={"stored": False})
+    """Where it was read from; no part of the record."""
+
+    def read_outcomes(self) -> Outcomes:
+        """What was predicted for each example.
+
+        Raises:
+            RecordError: the file beside the records is missing, or is not the one that the record was written with.
+        """
+        if self.folder is None:
+            raise RecordError(f"record {self.key} was not read from a folder, where its predictions would be")
+        path = self.folder / OUTCOMES / f"{self.key}.json.gz"
+        try:
+            text = gzip.decompress(path.read_bytes()).decode()
+        except (OSError, EOFError, zlib.error) as error:
+            raise RecordError(
+                f"{path}: the predictions of {self.contender}, seed {self.seed}, cannot be read ({error}); copy the "
+                f"folder {OUTCOMES} together with {FILE}"
+            ) from None
+        if text_digest(text) != self.outcomes:
+            raise RecordError(f"{path}: not the predictions that {self.contender}, seed {self.seed}, was recorded with")
+        return Outcomes(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What one cell predicted for each example of its split, in the data set's order."""
+
+    predictions: Sequence[Any]
+    """As the task gives them: the number of a class, entities, an answer, nats and tokens."""
+    counts: Sequence[Sequence[float]]
+    """What the metric counts of each example."""
+    groups: Sequence[int]
+    """Examples of one group, such as one source file, are not independent."""
+
+    def to_text(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def digest(self) -> str:
+        """What a record says of it."""
+        return text_digest(self.to_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +276,7 @@ class MergeRecord(_Line):
     started: str
     """UTC, ISO 8601."""
     kind: str = field(default="merge")
-    schema: int = field(default=SCHEMA)
+    schema: int = field(default=1)
 
 
 AnyRecord = Record | MergeRecord
@@ -214,16 +289,18 @@ def _loaded(line: str) -> dict[str, Any]:
         raise RecordError(f"expected one JSON object, found {line[:60]!r}: {error.msg}") from None
     if not isinstance(found, dict):
         raise RecordError(f"expected a JSON object, found a {type(found).__name__}")
-    if found.get("schema") != SCHEMA:
-        raise RecordError(
-            f"expected a record of schema {SCHEMA}, found {found.get('schema')!r}; "
-            "read it with the version of peftkit that wrote it"
-        )
     return found
 
 
 def _filled(cls: type[T], found: Mapping[str, Any]) -> T:
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # called with dataclasses only
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # called with dataclasses only
+    names = {f.name for f in fields if f.metadata.get("stored", True)}
+    schema = next(f.default for f in fields if f.name == "schema")
+    if found.get("schema") != schema:
+        raise RecordError(
+            f"expected a record of schema {schema}, found {found.get('schema')!r}; "
+            "read it with the version of peftkit that wrote it, or run its suite again"
+        )
     if set(found) != names:
         missing, unknown = sorted(names - set(found)), sorted(set(found) - names)
         raise RecordError(f"a record misses fields {missing} and has unknown fields {unknown}")
@@ -242,7 +319,11 @@ def parsed(line: str) -> AnyRecord:
 
 def digest(value: Any) -> str:
     """The first 16 hex digits of the SHA-256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return text_digest(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str))
+
+
+def text_digest(text: str) -> str:
+    """The first 16 hex digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -259,23 +340,40 @@ def read(directory: Path) -> list[AnyRecord]:
     found: list[AnyRecord] = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(parsed(line.decode()))
+            made = parsed(line.decode())
         except (RecordError, UnicodeDecodeError) as error:
             raise RecordError(f"{path}:{number}: {error}") from None
+        found.append(dataclasses.replace(made, folder=directory) if isinstance(made, Record) else made)
     return found
 
 
 class Writer:
     """Appends records to a directory's file; each is on the disk before `append` returns."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    def __init__(self, file: TextIO, folder: Path) -> None:
+        self._file, self._folder = file, folder
 
-    def append(self, record: AnyRecord) -> None:
-        """Adds one line in one write."""
+    def append(self, record: AnyRecord, outcomes: Outcomes | None = None) -> None:
+        """Adds one line in one write; the file of its outcomes is there, whole, before it."""
+        if outcomes is not None:
+            self._place(self._folder / OUTCOMES / f"{record.key}.json.gz", outcomes.to_text())
         self._file.write(record.to_line())
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _place(self, path: Path, text: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(gzip.compress(text.encode(), mtime=0))
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -299,7 +397,7 @@ def writer(directory: Path) -> Iterator[Writer]:
         content = raw.read()
         raw.truncate(content.rfind(b"\n") + 1)
         with path.open("a", encoding="utf-8") as file:
-            yield Writer(file)
+            yield Writer(file, directory)
 
 
 def environment(root: Path | None = None) -> dict[str, Any]:

@@ -1,47 +1,39 @@
-"""A suite: what is compared with what, on what, with which seeds and learning rates. YAML, read strictly."""
+"""A suite: what is compared with what, on what, with which seeds, budgets and learning rates. YAML, read strictly."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 from peftkit.errors import nearest
 from peftkit_bench import subjects
+from peftkit_bench.data import source_class
+from peftkit_bench.data.dataset import Source
+from peftkit_bench.metrics import METRICS
 from peftkit_bench.spec import Contender, SuiteError
-
-T = TypeVar("T")
+from peftkit_bench.strict import require, strictly, values
+from peftkit_bench.tasks import task_class
+from peftkit_bench.tasks.contract import Task
 
 RUNNERS = {"comparison": "engine", "merge": "merging"}
 """Modules of this package with `run` and `dry_run`, by the `kind` of the suites that they take."""
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""The grid of a comparison that names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """The frozen model: exactly one of the two."""
+    """The frozen model: exactly one of the three."""
 
     package: str | None = None
     """Import name of an installed package that carries a model in its folder `model`."""
     path: str | None = None
     """Folder of a model, or its name on a hub."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Docstring origin: classes and sizes of the splits."""
-
-    origins: tuple[str, ...]
-    train: int
-    validation: int
-    test: int
-    max_tokens: int = 64
-    """Texts are cut to this many tokens."""
+    pretrained: str | None = None
+    """Size of the small decoder that `peftkit_bench.pretrain` makes, and keeps, on this machine: "tiny" or "base"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +41,54 @@ class Training:
     """The same for every method; the learning rate alone is each method's own."""
 
     steps: int
+    """Optimizer steps."""
     batch_size: int = 32
+    """Rows of an optimizer step."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after another; the gradient is that of the whole batch."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises from zero; it then falls linearly to zero."""
     weight_decay: float = 0.0
     head_learning_rate: float = 1e-2
-    """Of the classification head, the same for every method."""
+    """Of the task's new head, the same for every method."""
     clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    precision: str = "float32"
+    """Of the arithmetic: "float32" or "bfloat16" (autocast; trained parameters stay float32)."""
+    evaluations: int = 5
+    """Times that the stop split is predicted during training, evenly spaced; the best weights are kept."""
+    patience: int = 0
+    """Evaluations without a better score after which training stops; 0: it runs to the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a search may try for one field: exactly one of a range and a list."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = True
+    """Whether the range is searched on a log scale."""
+    values: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """A search for learning rates: every contender is run at every rate, and predicts the validation split."""
+    """How each contender's learning rate is found: the same grid, or number of trials, for all."""
 
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    """The grid, ascending."""
+    extend: int = 4
+    """Rates that may be added at an end of the grid while the best lies there; 0: none."""
+    seeds: tuple[int, ...] = (1000,)
+    """Of the runs that choose; not those of the runs that count."""
+    budget: str | None = None
+    """The one of `budgets` whose rate is used for all of them; None: each budget is searched."""
+    trials: int = 0
+    """0: the grid. Otherwise so many trials of Optuna's TPE sampler over the grid's range and `search`."""
+    search: Mapping[str, Choice] = field(default_factory=dict)
+    """Fields of every contender's config, or of `training`, that trials search besides the learning rate; a contender
+    whose method lacks the field goes without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +98,19 @@ class Suite:
     name: str
     title: str
     backbone: Backbone
-    data: Data
+    data: Source
+    task: Task
     training: Training
     seeds: tuple[int, ...]
     contenders: Mapping[str, Contender]
     """Rows by the name that the report shows."""
-    kind: str = "comparison"
-    task: str = "seq-cls"
-    budget: int | None = None
-    """Trainable parameters that sizes are solved for, the head left out; None: sizes stand in the configs."""
+    budgets: tuple[str, ...] = ()
+    """Trainable parameters that sizes are solved for, the head left out: counts, or shares of the backbone ("0.5%");
+    none: sizes stand in the configs."""
     tune: Tune | None = None
-    """None: the contenders' own learning rates, and the test split."""
-
-    @property
-    def split(self) -> str:
-        """The split that the suite predicts."""
-        return "test" if self.tune is None else "validation"
+    """None: the contenders' own learning rates."""
+    general: Source | None = None
+    """Text on which forgetting is measured."""
 
 
 def load(path: Path) -> Suite:
@@ -98,23 +121,9 @@ def load(path: Path) -> Suite:
     """
     found = values(path)
     try:
-        return parse(found)
+        return parse(found, folder=path.parent)
     except SuiteError as error:
         raise SuiteError(f"{path}: {error}") from None
-
-
-def values(path: Path) -> Any:
-    """What a YAML file holds, as plain values.
-
-    Raises:
-        SuiteError: there is no such file, or it is not YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SuiteError(f"{path}: expected a suite, found {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise SuiteError(f"{path}: not YAML: {error}") from None
 
 
 def runner(path: Path) -> str:
@@ -130,92 +139,161 @@ def runner(path: Path) -> str:
     return RUNNERS[kind]
 
 
-def parse(found: Any) -> Suite:
+def parse(found: Any, *, folder: Path | None = None) -> Suite:
     """The suite that plain values describe.
+
+    Args:
+        folder: where relative paths in it start; None: the working directory.
 
     Raises:
         SuiteError: see `load`.
     """
-    suite = strictly(Suite, found)
+    if not isinstance(found, dict):
+        raise SuiteError(f"the suite: expected keys and values, found {type(found).__name__} {found!r}")
+    made = {key: value for key, value in found.items() if key != "kind"}
+    if isinstance(made.get("budgets"), list):
+        made["budgets"] = [str(each) for each in made["budgets"]]
+    if isinstance(made.get("tune"), dict) and isinstance(made["tune"].get("budget"), int):
+        made["tune"] = {**made["tune"], "budget": str(made["tune"]["budget"])}
+    contenders = made.get("contenders")
+    if isinstance(contenders, dict):
+        made["contenders"] = {name: _with_subject(value) for name, value in contenders.items()}
+    made["task"] = _task(made.get("task", "seq-cls"))
+    for key in ("data", "general"):
+        if key in made:
+            made[key] = _source(made[key], key, folder)
+    suite = strictly(Suite, made)
     _check(suite)
     return suite
 
 
-def strictly(cls: type[T], value: Any, where: str = "the suite") -> T:
-    """A dataclass from a mapping: no unknown key, no missing key, every value of the declared type.
+def _task(found: Any) -> Task:
+    name, options = found, {}
+    if isinstance(found, dict):
+        options = dict(found)
+        name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise SuiteError(f"task: expected a name, or its name and options, found {found!r}")
+    return strictly(task_class(name), options, "task")
+
+
+def _source(found: Any, key: str, folder: Path | None) -> Source:
+    if not isinstance(found, dict):
+        raise SuiteError(f"{key}: expected keys and values, found {type(found).__name__} {found!r}")
+    options = dict(found)
+    name = options.pop("source", None)
+    if not isinstance(name, str):
+        raise SuiteError(f"{key}: the key 'source' is missing")
+    cls = source_class(name)
+    takes_folder = any(f.name == "folder" for f in dataclasses.fields(cls))  # type: ignore[arg-type]  # a dataclass
+    if takes_folder and folder is not None:
+        options.setdefault("folder", str(folder))
+    return strictly(cls, options, key)
+
+
+def _with_subject(contender: Any) -> Any:
+    """A contender with `method: peft:boft` taken apart."""
+    if isinstance(contender, dict) and isinstance(method := contender.get("method"), str) and ":" in method:
+        subject, _, method = method.partition(":")
+        return {"subject": subject, **contender, "method": method}
+    return contender
+
+
+def budget_counts(budgets: Sequence[str], parameters: int) -> tuple[int, ...]:
+    """Budgets as counts, ascending.
+
+    Args:
+        budgets: counts ("74_000") or shares ("0.5%").
+        parameters: of the backbone, its head left out.
 
     Raises:
-        SuiteError: names the place, what was expected and what was found.
+        SuiteError: one is neither, or two come to the same.
     """
-    if not isinstance(value, dict):
-        raise SuiteError(f"{where}: expected keys and values, found {type(value).__name__} {value!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # called with dataclasses only
-    for key in value:
-        if key not in fields:
-            raise SuiteError(f"{where}: unknown key {key!r}; {nearest(str(key), fields)}")
-    hints = typing.get_type_hints(cls)
-    made = {}
-    for name, each in fields.items():
-        if name in value:
-            made[name] = _convert(hints[name], value[name], f"{where}, {name}" if where != "the suite" else name)
-        elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
-            raise SuiteError(f"{where}: the key {name!r} is missing")
-    return cls(**made)
-
-
-def _convert(wanted: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise SuiteError(f"{where}: expected a list, found {value!r}")
-        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
-            raise SuiteError(f"{where}: expected names and values, found {value!r}")
-        return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(wanted):
-        return strictly(typing.cast(type, wanted), value, where)
-    if wanted is float and isinstance(value, str):
-        # YAML 1.1 reads 5e-3 as text for want of a dot.
+    found = []
+    for each in budgets:
+        text = each.strip().replace("_", "").replace(",", "")
         try:
-            return float(value)
+            share = text.endswith("%")
+            count = round(float(text[:-1]) / 100 * parameters) if share else int(text)
         except ValueError:
-            raise SuiteError(f"{where}: expected a number, found {value!r}") from None
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise SuiteError(f"{where}: expected {wanted.__name__}, found {value!r}")
-    return value
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises SuiteError with the message where the condition does not hold."""
-    if not condition:
-        raise SuiteError(message)
+            raise SuiteError(f"budgets: expected a count or a share such as 0.5%, found {each!r}") from None
+        if count < 1:
+            raise SuiteError(f"budgets: expected a positive count, found {each!r}")
+        found.append(count)
+    if len(set(found)) != len(found):
+        raise SuiteError(f"budgets: expected different counts, found {', '.join(map(str, found))}")
+    return tuple(sorted(found))
 
 
 def _check(suite: Suite) -> None:
-    backbone, data, training = suite.backbone, suite.data, suite.training
-    require((backbone.package is None) != (backbone.path is None), "backbone: give either package or path")
+    backbone, training, tune = suite.backbone, suite.training, suite.tune
+    given = [each for each in (backbone.package, backbone.path, backbone.pretrained) if each is not None]
+    require(len(given) == 1, "backbone: give one of package, path and pretrained")
     require(len(suite.seeds) > 0 and len(set(suite.seeds)) == len(suite.seeds), "seeds: expected different numbers")
     require(len(suite.contenders) > 0, "contenders: expected at least one")
-    require(suite.kind == "comparison", f"kind: expected 'comparison', found {suite.kind!r}")
-    require(suite.task == "seq-cls", f"task: expected 'seq-cls', found {suite.task!r}")
     for name, contender in suite.contenders.items():
         where = f"contenders, {name}"
         require(contender.subject in subjects.NAMES, f"{where}, subject: {nearest(contender.subject, subjects.NAMES)}")
-    require(data.max_tokens >= 8, f"data, max_tokens: expected at least 8, found {data.max_tokens}")
-    require(training.steps >= 1, f"training, steps: expected at least 1, found {training.steps}")
-    require(training.batch_size >= 1, f"training, batch_size: expected at least 1, found {training.batch_size}")
+    for key, source in (("data", suite.data), ("general", suite.general)):
+        if source is not None and source.tasks and suite.task.name not in source.tasks:
+            raise SuiteError(
+                f"{key}: {source.name} has rows for {', '.join(source.tasks)}, not for the task {suite.task.name}"
+            )
+    require(suite.general is None or suite.task.name == "causal-lm",
+            f"general: forgetting is measured as loss on text, which the task {suite.task.name} does not predict; "
+            "take the task causal-lm, or leave it out")  # fmt: skip
+    options = suite.task.metrics
+    require(suite.task.metric in options, f"task, metric: {nearest(suite.task.metric, options)}")
+    assert suite.task.metric in METRICS
+    require(suite.task.max_tokens >= 8, f"task, max_tokens: expected at least 8, found {suite.task.max_tokens}")
+    for key, low in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("evaluations", 1), ("patience", 0)):
+        value = getattr(training, key)
+        require(value >= low, f"training, {key}: expected at least {low}, found {value}")
+    require(
+        training.batch_size % training.accumulation == 0,
+        f"training, accumulation: expected a part of the batch of {training.batch_size}, found {training.accumulation}",
+    )
+    require(
+        training.evaluations <= training.steps,
+        f"training, evaluations: expected at most one a step ({training.steps}), found {training.evaluations}",
+    )
     require(0 <= training.warmup < 1, f"training, warmup: expected a share in [0, 1), found {training.warmup}")
-    require(suite.budget is None or suite.budget > 0, f"budget: expected a positive count, found {suite.budget}")
-    rates = suite.tune.learning_rates if suite.tune else ()
-    require(suite.tune is None or len(rates) > 0, "tune, learning_rates: expected at least one")
-    given = [c.learning_rate for c in suite.contenders.values() if c.learning_rate is not None]
-    require(all(rate > 0 for rate in (*rates, *given, training.head_learning_rate)), "learning rates are positive")
+    precisions = ("float32", "bfloat16")
+    require(training.precision in precisions, f"training, precision: {nearest(training.precision, precisions)}")
+    rates = [c.learning_rate for c in suite.contenders.values() if c.learning_rate is not None]
+    require(all(rate > 0 for rate in (*rates, training.head_learning_rate)), "learning rates are positive")
+    if tune is not None:
+        _check_tune(tune, suite)
+
+
+def _check_tune(tune: Tune, suite: Suite) -> None:
+    rates = tune.learning_rates
+    require(len(rates) > 0, "tune, learning_rates: expected at least one")
+    require(all(rate > 0 for rate in rates), "learning rates are positive")
+    require(list(rates) == sorted(set(rates)), f"tune, learning_rates: expected ascending rates, found {list(rates)}")
+    require(tune.extend >= 0, f"tune, extend: expected at least 0, found {tune.extend}")
+    require(len(tune.seeds) > 0, "tune, seeds: expected at least one")
+    shared = sorted(set(tune.seeds) & set(suite.seeds))
+    require(not shared, f"tune, seeds: {shared} are among the seeds that count; choose others")
+    require(tune.trials >= 0, f"tune, trials: expected at least 0, found {tune.trials}")
+    require(not tune.search or tune.trials > 0, "tune, search: give trials too, how many for each contender")
+    require(
+        not tune.trials or len(rates) > 1, "tune, learning_rates: trials need the ends of a range, found a single rate"
+    )
+    for name, choice in tune.search.items():
+        ranged = choice.low is not None and choice.high is not None
+        require(ranged != bool(choice.values), f"tune, search, {name}: give either low and high, or values")
+        if ranged:
+            assert choice.low is not None
+            assert choice.high is not None
+            require(choice.low < choice.high, f"tune, search, {name}: expected low < high")
+            require(not choice.log or choice.low > 0, f"tune, search, {name}: a log scale needs low > 0")
+    require(
+        tune.budget is None or tune.budget in suite.budgets,
+        f"tune, budget: expected one of the budgets ({', '.join(suite.budgets) or 'none'}), found {tune.budget!r}",
+    )
+    for name, contender in suite.contenders.items():
+        require(
+            contender.learning_rate is None,
+            f"contenders, {name}, learning_rate: the suite searches it (tune); take one of the two out",
+        )

@@ -22,13 +22,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from peftkit.errors import PeftkitError
+from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache
 from peftkit_bench.record import digest
+from peftkit_bench.tasks.contract import Task
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same sources would give other examples; part of the cache's key."""
-SPLITS = ("train", "validation", "test")
 MASK = "NAME"
 STANDARD_LIBRARY = "python"
 """The origin that stands for the standard library."""
@@ -58,72 +59,42 @@ _NAMED = re.compile(
 _WORD = re.compile(r"[a-z]+")
 
 
-class DataError(PeftkitError, ValueError):
-    """Data that cannot be built or read as asked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One text with its class and where it comes from."""
-
-    text: str
-    label: int
-    group: int
-    """Number of the source file within the data set."""
-    source: str
-    """Origin and path of the source file within it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """Examples in three splits that share no text and no file."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
-    versions: Mapping[str, str]
-    """Version of each origin that the text was taken from."""
-
-    def split(self, name: str) -> tuple[Example, ...]:
-        """The examples of "train", "validation" or "test"."""
-        if name not in SPLITS:
-            raise DataError(f"expected a split in {SPLITS}, found {name!r}")
-        found: tuple[Example, ...] = getattr(self, name)
-        return found
-
-    @property
-    def hash(self) -> str:
-        """Hash of all texts, labels and groups in their order."""
-        return digest([[(e.text, e.label, e.group) for e in self.split(name)] for name in SPLITS])
-
-    def describe(self) -> dict[str, object]:
-        """What a record keeps of the data set."""
-        sizes = {name: len(self.split(name)) for name in SPLITS}
-        return {"name": self.name, "hash": self.hash, "classes": list(self.classes), **sizes,
-                "versions": dict(self.versions)}  # fmt: skip
-
-
 def normalise(text: str) -> str:
     """Lower-case words only, masks left out: two texts that agree here are the same text."""
     return " ".join(_WORD.findall(text.replace(MASK, " ").lower()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DocstringOrigin:
+    """Docstrings of installed packages: which of them does a text come from?"""
+
+    name: ClassVar[str] = "docstring-origin"
+    tasks: ClassVar[tuple[str, ...]] = ("seq-cls",)
+    origins: tuple[str, ...]
+    """"python" for the standard library, or names of installed packages; the classes."""
+    train: int
+    """Examples over all classes, the same number of each; likewise the others."""
+    tune: int
+    stop: int
+    test: int
+
+    def dataset(self, task: Task) -> Dataset:
+        """See `Source`."""
+        return docstring_origin(self.origins, {name: getattr(self, name) for name in SPLITS})
+
+
 def docstring_origin(
     origins: Sequence[str],
+    sizes: Mapping[str, int],
     *,
-    train: int,
-    validation: int,
-    test: int,
     roots: Mapping[str, Path] | None = None,
     cache: Path | None = None,
 ) -> Dataset:
     """The data set, balanced over origins; the same for the same sources.
 
     Args:
-        origins: "python" for the standard library, or names of installed packages; the classes, in this order.
-        train: examples of the split over all classes; likewise `validation` and `test`.
+        origins: "python" for the standard library, or names of installed packages; the classes.
+        sizes: examples over all classes by split, in the order of SPLITS.
         roots: folder of sources by origin; None: where the packages are installed.
         cache: folder for finished data sets; None: `default_cache()`.
 
@@ -132,7 +103,6 @@ def docstring_origin(
     """
     if len(set(origins)) != len(origins) or len(origins) < 2:
         raise DataError(f"expected at least two different origins, found {list(origins)}")
-    sizes = {"train": train, "validation": validation, "test": test}
     for name, size in sizes.items():
         if size <= 0 or size % len(origins):
             raise DataError(f"{name}: expected a multiple of {len(origins)} (one share an origin), found {size}")
@@ -147,14 +117,6 @@ def docstring_origin(
     made = _build(origins, folders, files, versions, {k: v // len(origins) for k, v in sizes.items()})
     _store(made, path)
     return made
-
-
-def default_cache() -> Path:
-    """$PEFTKIT_CACHE, or peftkit below the user's cache folder."""
-    explicit = os.environ.get("PEFTKIT_CACHE")
-    if explicit:
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkit"
 
 
 def source_root(origin: str) -> Path:
@@ -204,7 +166,7 @@ def _split_of(source: str, shares: Mapping[str, int]) -> str:
         if position < share:
             return name
         position -= share
-    return SPLITS[-1]
+    return list(shares)[-1]
 
 
 def first_paragraphs(code: bytes) -> list[str]:
@@ -332,9 +294,9 @@ def _build(
     # Duplicates are dropped in hash order, so that no origin is favoured.
     pool.sort(key=lambda row: _rank(f"{row[2]} {row[3]}"))
     pool = [pool[index] for index in without_duplicates([row[3] for row in pool])]
-    chosen: dict[str, list[tuple[int, str, str, str]]] = {name: [] for name in SPLITS}
+    chosen: dict[str, list[tuple[int, str, str, str]]] = {name: [] for name in shares}
     for label, origin in enumerate(origins):
-        for name in SPLITS:
+        for name in shares:
             mine = [row for row in pool if row[0] == label and row[1] == name]
             if len(mine) < shares[name]:
                 raise DataError(
@@ -346,12 +308,12 @@ def _build(
     number = {source: index for index, source in enumerate(sources)}
     splits = {
         name: tuple(
-            Example(text=text, label=label, group=number[source], source=source)
+            Example(fields={"text": text, "label": origins[label]}, group=number[source], source=source)
             for label, _, source, text in sorted(rows, key=lambda row: _rank(row[3]))
         )
         for name, rows in chosen.items()
     }
-    return Dataset(name="docstring origin", classes=tuple(origins), versions=dict(versions), **splits)
+    return Dataset(name="docstring origin", splits=splits, versions=dict(versions))
 
 
 def _store(made: Dataset, path: Path) -> None:
@@ -369,5 +331,5 @@ def _store(made: Dataset, path: Path) -> None:
 
 def _load(path: Path) -> Dataset:
     found = json.loads(path.read_text(encoding="utf-8"))
-    splits = {name: tuple(Example(**row) for row in found.pop(name)) for name in SPLITS}
-    return Dataset(name=found["name"], classes=tuple(found["classes"]), versions=found["versions"], **splits)
+    splits = {name: tuple(Example(**row) for row in rows) for name, rows in found["splits"].items()}
+    return Dataset(name=found["name"], splits=splits, versions=found["versions"])
