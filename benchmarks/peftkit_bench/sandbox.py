@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -33,6 +34,9 @@ from peftkit.errors import PeftkitError
 
 SECONDS = 5.0
 MEMORY_BYTES = 512 * 2**20
+SMALLEST_MEMORY_BYTES = 64 * 2**20
+STARTING_SECONDS = 60.0
+"""An interpreter that has not started by then, on however busy a machine, never will."""
 _REPORT_BYTES = 16_384
 
 
@@ -49,7 +53,7 @@ class Outcome:
     reason: str
     """Why it did not pass, in one line; empty where it did."""
     seconds: float
-    """Wall-clock time, the start of the interpreter included."""
+    """Wall-clock time, without the start of the interpreter."""
     walls: tuple[str, ...]
     """What was held from it, see the module."""
 
@@ -68,10 +72,15 @@ def run(program: str, *, checks: str = "", seconds: float = SECONDS, memory_byte
         memory_bytes: of address space, the interpreter's 50 MB included.
 
     Raises:
-        SandboxError: this machine cannot limit a process, or none could be started.
+        SandboxError: this machine cannot limit a process, none could be started, or the limits are too small to.
     """
     if os.name != "posix":
         raise SandboxError("programs are run with the limits of a Unix process, which this system lacks; use Linux")
+    if memory_bytes < SMALLEST_MEMORY_BYTES or seconds <= 0:
+        raise SandboxError(
+            f"expected at least {SMALLEST_MEMORY_BYTES:,} bytes of address space, which an interpreter needs by "
+            f"itself, and time; found {memory_bytes:,} bytes and {seconds:g} s"
+        )
     with tempfile.TemporaryDirectory(prefix="peftkit-program-", ignore_cleanup_errors=True) as folder:
         for name, text in (("program.py", program), ("checks.py", checks)):
             # A lone surrogate, which a model can generate, is no text that Python reads: a syntax error.
@@ -83,7 +92,7 @@ def _run(folder: str, seconds: float, memory_bytes: int) -> Outcome:
     token = secrets.token_hex(16)
     token_read, token_write = os.pipe()
     result_read, result_write = os.pipe()
-    begun = time.monotonic()
+    ours = [token_read, token_write, result_read, result_write]
     try:
         os.write(token_write, token.encode())
         asked = {"seconds": seconds, "memory_bytes": memory_bytes, "token": token_read, "result": result_write}
@@ -99,50 +108,52 @@ def _run(folder: str, seconds: float, memory_bytes: int) -> Outcome:
             pass_fds=(token_read, result_write),
             start_new_session=True,
         )  # fmt: skip
+        # So that reading ends where the process does.
+        os.close(result_write)
+        ours.remove(result_write)
+        status: int | None = None
         try:
-            status: int | None = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            status = None
+            line, _, rest = _read(result_read, STARTING_SECONDS).partition(b"\n")
+            walls = _value(line)
+            begun = time.monotonic()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=seconds if walls else STARTING_SECONDS)
+            took = time.monotonic() - begun
         finally:
             # Also where the program itself is over: what it started is not.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        os.set_blocking(result_read, False)
-        try:
-            report = os.read(result_read, _REPORT_BYTES)
-        except BlockingIOError:
-            report = b""
+        if not walls:
+            raise SandboxError(
+                f"{sys.executable} ended with status {status} before the program began; expected it to start"
+            )
+        verdict = _value(rest + _read(result_read, 0))
     finally:
-        for each in (token_read, token_write, result_read, result_write):
+        for each in ours:
             os.close(each)
-    return _outcome(report, token, status, seconds, memory_bytes, time.monotonic() - begun)
-
-
-def _outcome(report: bytes, token: str, status: int | None, seconds: float, memory_bytes: int, took: float) -> Outcome:
-    walls, *verdicts = [_line(line) for line in report.split(b"\n")[:-1]] or [None]
-    if not isinstance(walls, list):
-        raise SandboxError(
-            f"the sandbox ended with status {status} before the program began: {memory_bytes:,} bytes of address space "
-            f"and {seconds:g} s have to be enough to start {sys.executable}"
-        )
-    verdict = str(verdicts[0]) if verdicts else ""
-    if status == 0 and verdict == f"passed {token}":
-        reason = ""
-    elif status is None:
-        reason = f"was not done after {seconds:g} s"
-    elif verdict.startswith("failed "):
-        reason = verdict.removeprefix("failed ")
-    elif status < 0 or status > 128:
-        number = -status if status < 0 else 256 - status
-        reason = f"was killed by signal {number}"
-    else:
-        reason = f"ended by itself, with status {status}, before its last line"
+    reason = "" if status == 0 and verdict == f"passed {token}" else _reason(verdict, status, seconds)
     return Outcome(passed=not reason, reason=reason, seconds=took, walls=tuple(walls))
 
 
-def _line(line: bytes) -> Any:
+def _read(pipe: int, seconds: float) -> bytes:
+    """What the process has written; nothing where it writes nothing in this time."""
+    return os.read(pipe, _REPORT_BYTES) if select.select([pipe], [], [], seconds)[0] else b""
+
+
+def _value(line: bytes) -> Any:
     try:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def _reason(verdict: Any, status: int | None, seconds: float) -> str:
+    if status is None:
+        return f"was not done after {seconds:g} s"
+    if isinstance(verdict, str) and verdict.startswith("failed "):
+        return verdict.removeprefix("failed ")
+    # A status that came through the processes in between is that of a shell's: 256 less the signal.
+    if status < 0 or status > 192:
+        return f"was killed by signal {-status if status < 0 else 256 - status}"
+    return f"ended by itself, with status {status}, before its last line"

@@ -268,7 +268,7 @@ def normalised(answer: str) -> str:
 
 
 def _nats(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Nats of the tokens after the first, float32, 0 where they do not count; whether they do; both (rows, tokens - 1)."""
+    """Nats of the tokens after the first, 0 where they do not count; whether they do; both (rows, tokens - 1)."""
     targets = batch["labels"][:, 1:]
     counted = targets != IGNORED
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
