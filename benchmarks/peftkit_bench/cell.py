@@ -26,6 +26,8 @@ from peftkit_bench.tasks.batching import moved, training_order
 from peftkit_bench.tasks.contract import Batch, Prepared, Task
 
 LATENCY_ROWS, LATENCY_TOKENS, LATENCY_REPEATS, LATENCY_WARMUP = 1, 32, 30, 5
+TIMED = ("latency_seconds", "merged_latency_seconds", "base_latency_seconds", "merged_logit_difference", "effect_kept")
+"""Fields of a record that only runs that count fill."""
 LARGEST = 1e9
 """Stands for a count or a score that is not finite, which a run that diverged may give."""
 
@@ -98,7 +100,9 @@ def run_cell(job: Job) -> Finished:
         with tempfile.TemporaryDirectory() as scratch:
             stored = subject.save(model, Path(scratch) / "adapter")
             adapter_bytes = measure.folder_bytes(Path(scratch) / "adapter")
-        speeds = latencies(subject, model, probe(model, prepared, device))
+        speeds: dict[str, Any] = dict.fromkeys(TIMED)
+        if cell.phase == "final":
+            speeds = latencies(subject, model, probe(model, prepared, device))
     resolved = cell.resolved
     record = Record(
         key=cell.key,

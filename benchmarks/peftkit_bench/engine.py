@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,40 +30,42 @@ class BenchError(PeftkitError, RuntimeError):
     """A run that could not finish all its cells, or a folder of records that cannot be used."""
 
 
-def run(suite: Suite | Path, out: Path, *, jobs: int = 0, progress: bool = True, ray: str | None = None) -> Path:
-    """The page that reports every cell of the suite.
+def run(
+    suites: Path | Sequence[Suite], out: Path, *, jobs: int = 0, progress: bool = True, ray: str | None = None
+) -> Path:
+    """The page that reports every cell of the suites.
 
     Cells whose records are there already are not run again, so an interrupted run goes on where it stopped.
 
     Args:
-        suite: what is compared, or the YAML file that says it, see `peftkit_bench.suite`.
+        suites: what is compared, or the YAML file that says it, see `peftkit_bench.suite`.
         out: folder for `records.jsonl`, the predictions and the report.
         jobs: cells at a time; 0: one for each GPU, else one. On a CPU each has its share of the cores, and more than
             one makes times and latencies less exact.
         progress: show a bar and a line for each finished cell on stderr.
-        ray: address of a Ray cluster on whose machines the cells run; "" starts or joins the one of this machine; None:
-            no Ray.
+        ray: address of a Ray cluster on whose machines the cells run; "auto": the one that this machine is in, or one
+            made for the run; None: no Ray.
 
     Raises:
         SuiteError: the suite cannot be meant; nothing was run.
         DataError: the data cannot be had; nothing was run.
         BenchError: cells failed, or another run is writing to the folder. The records of the others are kept.
     """
-    suite = load(suite) if isinstance(suite, Path) else suite
     console = Console(stderr=True, quiet=not progress)
     with console.status("preparing the data ..."):
-        prepared = prepare(suite)
-        planned = candidates(suite, prepared, suite.task.skeleton(prepared.folder, prepared.facts))
-    for note in prepared.data["notes"]:
-        console.print(f"data: {note}", markup=False, highlight=False)
-    workers = _workers(jobs, prepared, ray)
+        parts = planned(load(suites) if isinstance(suites, Path) else suites)
+    for part in parts:
+        for note in part.prepared.data["notes"]:
+            console.print(f"{part.suite.title}: {note}", markup=False, highlight=False)
+    workers = _workers(jobs, parts[0].prepared, ray)
     try:
         records = [found for found in record.read(out) if isinstance(found, Record)]
-        mine = _of_suite(suite, planned, records)
-        if mine:
-            console.print(f"{len(mine)} cells are recorded already")
+        for part in parts:
+            part.take(records)
+        if known := sum(len(part.records) for part in parts):
+            console.print(f"{known} cells are recorded already")
         with record.writer(out) as writer:
-            failures = _run_cells(suite, prepared, planned, mine, writer, workers, console)
+            failures = _run_cells(parts, writer, workers, console)
         written = report.write([out], out)
     except RecordError as error:
         raise BenchError(str(error)) from None
@@ -82,24 +85,47 @@ def _workers(jobs: int, prepared: Prepared, ray: str | None) -> Workers:
     return LocalWorkers(jobs or max(1, torch.cuda.device_count()), prepared.backbone["type"])
 
 
-def _of_suite(suite: Suite, planned: Sequence[Candidate], records: Sequence[Record]) -> list[Record]:
-    """The records that belong to this suite as it is now."""
-    trials = {candidate.trial for candidate in planned}
-    return [found for found in records if found.trial in trials]
+@dataclass(kw_only=True)
+class Part:
+    """A suite with all that its cells share, and what is recorded of them."""
+
+    suite: Suite
+    prepared: Prepared
+    candidates: Sequence[Candidate]
+    records: list[Record] = field(default_factory=list)
+
+    def take(self, records: Iterable[Record]) -> None:
+        """Keeps those records that belong to this suite as it is now."""
+        trials = {candidate.trial for candidate in self.candidates}
+        self.records += [found for found in records if found.trial in trials]
+
+    def due(self) -> list[Cell]:
+        """See `cells.due`."""
+        return due(self.suite, self.candidates, self.records)
+
+    def remaining(self) -> int:
+        """See `cells.remaining`."""
+        return remaining(self.suite, self.candidates, self.records)
 
 
-def _run_cells(
-    suite: Suite,
-    prepared: Prepared,
-    planned: Sequence[Candidate],
-    records: list[Record],
-    writer: record.Writer,
-    workers: Workers,
-    console: Console,
-) -> list[str]:
+def planned(suites: Sequence[Suite]) -> list[Part]:
+    """The suites with their data prepared and the sizes of their contenders solved.
+
+    Raises:
+        SuiteError: a suite cannot be meant; names its part.
+    """
+    found = []
+    for suite in suites:
+        prepared = prepare(suite)
+        skeleton = suite.task.skeleton(prepared.folder, prepared.facts)
+        found.append(Part(suite=suite, prepared=prepared, candidates=candidates(suite, prepared, skeleton)))
+    return found
+
+
+def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, console: Console) -> list[str]:
     """Runs what is due until nothing is, recording each; returns what went wrong, a paragraph for each failed cell."""
     failures: list[str] = []
-    started: set[str] = set()
+    running: dict[str, Part] = {}
     stamp = {**record.environment(), "versions": versions()}
     threads = max(1, min(stamp["cores"] // workers.jobs, torch.get_num_threads()))
     succeeded = 0
@@ -107,15 +133,15 @@ def _run_cells(
     def ready() -> Job | None:
         if len(failures) >= UNTIL_FAILED and not succeeded:
             return None
-        for cell in due(suite, planned, records):
-            if cell.key not in started:
-                started.add(cell.key)
-                return Job(
-                    suite=suite, prepared=prepared, cell=cell, environment=stamp, threads=threads, jobs=workers.jobs
-                )
+        for part in parts:
+            for cell in part.due():
+                if cell.key not in running:
+                    running[cell.key] = part
+                    return Job(suite=part.suite, prepared=part.prepared, cell=cell, environment=stamp,
+                               threads=threads, jobs=workers.jobs)  # fmt: skip
         return None
 
-    waiting = remaining(suite, planned, records)
+    waiting = sum(part.remaining() for part in parts)
     if not waiting:
         return failures
     console.print(f"about {waiting} cells to run, {workers.where}")
@@ -131,10 +157,10 @@ def _run_cells(
             else:
                 succeeded += 1
                 writer.append(outcome.record, outcome.outcomes)
-                records.append(outcome.record)
+                running[cell.key].records.append(outcome.record)
                 metric = METRICS[outcome.record.metric]
                 line = f"{metric.name} {metric.shown(outcome.record.score)}, {outcome.record.cell_seconds:4.1f} s"
-            left = remaining(suite, planned, records) - len(failures)
+            left = sum(part.remaining() for part in parts) - len(failures)
             seconds = (time.monotonic() - start) / done * left
             bar.update(shown, completed=done, total=done + left, left=f"about {duration(seconds)} left")
             console.print(f"[{done:>3}/{done + left}] {described(cell):<46} {line}   {duration(seconds)} left",

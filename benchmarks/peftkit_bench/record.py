@@ -147,9 +147,10 @@ class Record(_Line):
     """How they were taken."""
     adapter_bytes: int
     """Size of the saved adapter folder, head included."""
-    base_latency_seconds: float
-    """Median time of one forward pass of the bare backbone, timed in the same process."""
-    latency_seconds: float
+    base_latency_seconds: float | None
+    """Median time of one forward pass of the bare backbone, timed in the same process; None, as what follows: a run
+    that searches is not timed."""
+    latency_seconds: float | None
     """Median time of one forward pass with the adapter beside the weights."""
     merged_latency_seconds: float | None
     """The same after merging; None: the method cannot be merged."""

@@ -113,17 +113,31 @@ class Suite:
     """Text on which forgetting is measured."""
 
 
-def load(path: Path) -> Suite:
-    """The suite that a YAML file describes.
+def load(path: Path) -> tuple[Suite, ...]:
+    """The suites that a YAML file describes: one, or one for each entry of its `each`.
+
+    Under `each` stands, by name, what differs: keys that replace those of the file. The parts are run together, are
+    reported on one page, and may be compared over all of them.
 
     Raises:
         SuiteError: a key is unknown, missing or of the wrong type, or values contradict each other.
     """
     found = values(path)
     try:
-        return parse(found, folder=path.parent)
+        return tuple(parse(part, folder=path.parent) for part in _parts(found))
     except SuiteError as error:
         raise SuiteError(f"{path}: {error}") from None
+
+
+def _parts(found: Any) -> list[Any]:
+    if not isinstance(found, dict) or "each" not in found:
+        return [found]
+    shared = {key: value for key, value in found.items() if key != "each"}
+    each = found["each"]
+    if not isinstance(each, dict) or not each or not all(isinstance(part, dict) for part in each.values()):
+        raise SuiteError(f"each: expected parts by name with the keys that differ, found {each!r}")
+    name = shared.get("name")
+    return [{**shared, "title": str(key), **part, "name": f"{name}: {key}"} for key, part in each.items()]
 
 
 def runner(path: Path) -> str:

@@ -20,6 +20,9 @@ app = typer.Typer(
 bench = typer.Typer(help="Compare methods on a suite and report what came out.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+WITHOUT_VALUE = {"--ray": "auto"}
+"""Options that may stand without a value, and the value that they then have."""
+
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -30,10 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: what follows the program's name; None: this process's.
     """
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="peftkit")
+        app(args=_completed(sys.argv[1:] if arguments is None else arguments), prog_name="peftkit")
     except PeftkitError as error:
         print(f"peftkit: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _completed(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a value after each option that may stand without one."""
+    found: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        found.append(argument)
+        if argument in WITHOUT_VALUE and following.startswith("-"):
+            found.append(WITHOUT_VALUE[argument])
+    return found
 
 
 @app.callback(invoke_without_command=True)
