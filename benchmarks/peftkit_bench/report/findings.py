@@ -1,37 +1,64 @@
-"""Records -> findings: one row a contender, every pair tested, and what follows from it in words."""
+"""Records -> findings: one row a contender and budget, every pair at a budget tested, the Pareto front over all."""
 
 from __future__ import annotations
 
 import statistics as median_of
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from peftkit_bench import statistics
-from peftkit_bench.record import MergeRecord, Record
+from peftkit_bench.metrics import METRICS, Counts, Metric
+from peftkit_bench.record import MergeRecord, Record, RecordError, digest
+from peftkit_bench.report.tuning import Tuning, tunings
 from peftkit_bench.statistics import Comparison, Estimate
+from peftkit_bench.tables import Table, table
 
 R = TypeVar("R", Record, MergeRecord)
 
 SAME_SIZE = 1.05
 """Parameter counts within this factor count as the same size."""
+NEAR = 0.1
+"""A size within this share of the budget counts as at the budget."""
+FEWEST_SEEDS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """One contender over its seeds."""
+    """One contender at one budget, over its seeds."""
 
+    contender: str
     name: str
-    method: str
-    baseline: bool
+    """The contender, and its budget where there are several."""
     records: tuple[Record, ...]
-    accuracy: Estimate
+    score: Estimate
+    counts: Counts = field(repr=False)
+    """(seeds, examples, k): what the metric counts of each example."""
+    table: Table = field(repr=False)
+    """(seeds, examples), its mean over examples the score of a seed."""
+
+    @property
+    def first(self) -> Record:
+        """A record for what all seeds share."""
+        return self.records[0]
+
+    @property
+    def budget(self) -> int | None:
+        """What the size was solved for; None: the size is the method's own."""
+        return self.first.budget if self.first.knob is not None else None
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is a mark to compare with."""
+        return self.first.baseline
 
     @property
     def parameters(self) -> int:
         """Trainable parameters of the method, the head left out."""
-        return self.records[0].adapter_parameters
+        return self.first.adapter_parameters
 
     @property
     def final_parameters(self) -> int:
@@ -41,51 +68,57 @@ class Row:
     @property
     def trainable(self) -> int:
         """Trainable parameters, the head included."""
-        return self.parameters + self.records[0].head_parameters
+        return self.parameters + self.first.head_parameters
 
     @property
-    def at_budget(self) -> bool:
-        """Whether the size was solved for the suite's budget."""
-        return self.records[0].knob is not None
+    def off_budget(self) -> bool:
+        """Whether the nearest size is further from the budget than a tenth of it."""
+        return self.budget is not None and abs(self.parameters - self.budget) > NEAR * self.budget
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds that were run, ascending."""
-        return tuple(sorted(record.seed for record in self.records))
+        return tuple(record.seed for record in self.records)
 
-    def median(self, field: str) -> float | None:
+    def values(self, name: str) -> list[float]:
+        """A measurement for each seed where it was taken."""
+        found = [getattr(record, name) for record in self.records]
+        return [float(value) for value in found if value is not None]
+
+    def median(self, name: str) -> float | None:
         """The median of a measurement over seeds; None where it was not taken."""
-        values = [getattr(record, field) for record in self.records]
-        found = [value for value in values if value is not None]
+        found = self.values(name)
+        return median_of.median(found) if found else None
+
+    @property
+    def forgotten(self) -> float | None:
+        """Nats a token that general text became harder to predict, median over seeds; None where not recorded."""
+        found = [f["after"] - f["before"] for record in self.records if (f := record.forgetting)]
         return median_of.median(found) if found else None
 
     @property
     def size(self) -> str:
         """The solved field and its value, such as "r = 8"; "" where nothing was solved."""
-        first = self.records[0]
-        return f"{first.knob} = {first.config[first.knob]}" if first.knob is not None else ""
+        knob = self.first.knob
+        return f"{knob} = {self.first.config[knob]}" if knob is not None else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """A comparison on one data set, backbone and split."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contest:
+    """The contenders at one budget, those of a size of their own among them."""
 
+    budget: int | None
+    metric: Metric
     rows: tuple[Row, ...]
-    """Best accuracy first."""
+    """Best first."""
+    seeds: tuple[int, ...]
+    """Those that all rows have."""
     comparisons: tuple[Comparison, ...]
-    """All pairs of contenders over the seeds that all have."""
-    front: tuple[str, ...]
-    """Contenders that no other beats in both accuracy and parameters, fewest parameters first."""
-    warnings: tuple[str, ...]
-
-    @property
-    def first(self) -> Record:
-        """A record for what all of them share."""
-        return self.rows[0].records[0]
+    """All pairs of contenders over the common seeds, the better one first."""
 
     def row(self, name: str) -> Row:
         """The row of a contender."""
-        return next(row for row in self.rows if row.name == name)
+        return next(row for row in self.rows if row.contender == name)
 
     def between(self, one: str, other: str) -> Comparison | None:
         """The comparison of two contenders, whichever stands first; None where seeds do not allow one."""
@@ -96,7 +129,7 @@ class Findings:
         best = self.rows[0]
         found = [best]
         for row in self.rows[1:]:
-            comparison = self.between(best.name, row.name)
+            comparison = self.between(best.contender, row.contender)
             if comparison is None or not comparison.significant():
                 found.append(row)
         return found
@@ -105,229 +138,248 @@ class Findings:
         """Among those that cannot be told from the best: the fewest trainable parameters.
 
         Sizes within SAME_SIZE of the fewest, such as one budget solved for several methods, count as equal; among them
-        the most accurate.
+        the best.
         """
         tied = self.tied_with_best()
         fewest = min(row.trainable for row in tied)
-        return max((row for row in tied if row.trainable <= SAME_SIZE * fewest), key=lambda row: row.accuracy.mean)
+        return next(row for row in tied if row.trainable <= SAME_SIZE * fewest)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """Learning rates against accuracy on the validation split."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Findings:
+    """A comparison on one task, data set, backbone and split."""
 
-    records: tuple[Record, ...]
-    rates: tuple[float, ...]
-    accuracies: dict[str, dict[float, float]]
-    """Mean accuracy by contender and learning rate."""
+    metric: Metric
+    rows: tuple[Row, ...]
+    """Best first, over all budgets."""
+    contests: tuple[Contest, ...]
+    """By budget, ascending; one without a budget where nothing was solved for one."""
+    front: tuple[str, ...]
+    """Names of rows that no other beats in both score and parameters, fewest parameters first."""
+    groups: Sequence[int]
+    """Of the examples."""
+    tunings: tuple[Tuning, ...]
+    """The searches for learning rates beside the comparison, in the order of the records."""
+    warnings: tuple[str, ...]
 
     @property
     def first(self) -> Record:
         """A record for what all of them share."""
-        return self.records[0]
+        return self.rows[0].first
 
-    def best(self, name: str) -> float:
-        """The learning rate with the highest mean accuracy; the lower one on a tie."""
-        found = self.accuracies[name]
-        return max(sorted(found), key=lambda rate: (found[rate], -rate))
+    @property
+    def budgets(self) -> list[int]:
+        """Those that something was solved for, ascending."""
+        return [contest.budget for contest in self.contests if contest.budget is not None]
 
-    def at_edge(self, name: str) -> bool:
-        """Whether the best rate is the lowest or highest that was tried, so that a better one may lie outside."""
-        found = self.accuracies[name]
-        return len(found) > 1 and self.best(name) in (min(found), max(found))
+    @property
+    def examples(self) -> int:
+        """On the split that was predicted."""
+        return self.rows[0].score.examples
+
+    def row(self, name: str) -> Row:
+        """The row of a name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def curves(self) -> dict[str, list[Row]]:
+        """The rows of each contender, ascending in parameters, in the order of the records."""
+        found: dict[str, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            found[row.contender].append(row)
+        order = sorted(found, key=lambda name: min(r.started for row in found[name] for r in row.records))
+        return {name: sorted(found[name], key=lambda row: row.parameters) for name in order}
 
 
-def grouped(records: Sequence[R]) -> list[list[R]]:
-    """Records that can be compared: of one suite, data set, backbone and split; the newest group first."""
+def kind_of(found: Record | MergeRecord) -> tuple[Any, ...]:
+    """What two records share that can stand in one comparison."""
+    backbone = (found.backbone["name"], found.backbone["hash"])
+    if isinstance(found, MergeRecord):
+        return (found.suite, found.data["hash"], *backbone)
+    return (found.suite, found.data["hash"], *backbone, digest(found.task), found.metric)
+
+
+def grouped(records: Iterable[R]) -> list[list[R]]:
+    """Records that belong together: of one suite, data set, backbone, task and metric; the newest group first."""
     groups: dict[Any, list[R]] = defaultdict(list)
-    for record in records:
-        split = record.split if isinstance(record, Record) else ""
-        groups[(record.suite, split, record.data["hash"], record.backbone["name"], record.backbone["hash"])].append(
-            record
-        )
+    for each in records:
+        groups[kind_of(each)].append(each)
     return sorted(groups.values(), key=lambda group: max(r.started for r in group), reverse=True)
 
 
-def is_search(group: Sequence[Record]) -> bool:
-    """Whether a group of records is a search for learning rates."""
-    return group[0].split != "test"
+def metric_of(found: Record) -> Metric:
+    """The metric of a record.
+
+    Raises:
+        RecordError: this version does not know it.
+    """
+    if found.metric not in METRICS:
+        raise RecordError(
+            f"record {found.key} was scored by {found.metric!r}; this version knows {', '.join(METRICS)}; "
+            "read it with the version of peftkit that wrote it"
+        )
+    return METRICS[found.metric]
 
 
 def findings(group: Sequence[Record]) -> Findings:
-    """The findings of one group of comparable records; of a contender that was changed, its newest form counts."""
-    warnings: list[str] = []
-    by_name: dict[str, list[Record]] = defaultdict(list)
-    for record in group:
-        by_name[record.contender].append(record)
-    chosen: dict[str, tuple[Record, ...]] = {}
-    for name, mine in by_name.items():
-        newest = max(mine, key=lambda r: r.started).variant
-        kept = {r.seed: r for r in sorted(mine, key=lambda r: r.started) if r.variant == newest}
-        if any(r.variant != newest for r in mine):
-            warnings.append(f"{name} was run with other settings before; only the newest are shown.")
-        chosen[name] = tuple(kept[seed] for seed in sorted(kept))
-    tables = {name: statistics.correct_table([r.predictions for r in c], c[0].labels) for name, c in chosen.items()}
+    """The findings of one group; of a contender that was changed, its newest form counts.
+
+    Raises:
+        RecordError: the predictions of a record cannot be read, or do not fit those of the others.
+    """
+    finals = [r for r in group if r.phase == "final"]
+    metric = metric_of(finals[0])
+    chosen, warnings = _newest(finals)
+    counts, example_groups = _counts(chosen)
+    tables = {key: table(metric, found) for key, found in counts.items()}
     runs = statistics.run_variance(list(tables.values()))
+    names = _names(chosen)
+    sign = 1 if metric.higher_is_better else -1
     rows = [
         Row(
-            name=name,
-            method=c[0].method,
-            baseline=c[0].baseline,
-            records=c,
-            accuracy=statistics.estimate(tables[name], c[0].groups, runs),
+            contender=key[0],
+            name=names[key],
+            records=records,
+            score=statistics.estimate(tables[key], example_groups, runs),
+            counts=counts[key],
+            table=tables[key],
         )
-        for name, c in chosen.items()
+        for key, records in chosen.items()
     ]
-    rows.sort(key=lambda row: (-row.accuracy.mean, row.trainable))
-    seeds = sorted(set.intersection(*(set(row.seeds) for row in rows)))
-    everything = sorted(set.union(*(set(row.seeds) for row in rows)))
-    if seeds != everything:
-        lacking = ", ".join(row.name for row in rows if list(row.seeds) != everything)
-        warnings.append(
-            f"Not all seeds have been run: {lacking} lack some of {everything}. "
-            f"Tests use the seeds that all have: {seeds or 'none'}."
-        )
-    if len(everything) == 1:
-        warnings.append("One seed only: intervals and tests say nothing about other training runs.")
-    machines = {
-        (r.environment["processor"], r.environment["cores"], r.threads, r.jobs) for row in rows for r in row.records
-    }
-    if len(machines) > 1:
-        warnings.append(
-            "The records come from different machines, thread counts or numbers of cells at a time: times cannot be "
-            "compared."
-        )
-    comparisons: list[Comparison] = []
-    if seeds and len(rows) > 1:
-        common = {row.name: tables[row.name][[i for i, seed in enumerate(row.seeds) if seed in seeds]] for row in rows}
-        comparisons = statistics.compare_all(common, rows[0].records[0].groups)
-    front = statistics.pareto({row.name: (float(row.trainable), row.accuracy.mean) for row in rows})
-    return Findings(rows=tuple(rows), comparisons=tuple(comparisons), front=tuple(front), warnings=tuple(warnings))
-
-
-def search(group: Sequence[Record]) -> Search:
-    """Mean accuracy over seeds by contender and learning rate."""
-    newest: dict[tuple[str, float, int], Record] = {}
-    for record in sorted(group, key=lambda r: r.started):
-        newest[(record.contender, record.learning_rate, record.seed)] = record
-    cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (name, rate, _), record in newest.items():
-        cells[name][rate].append(record.accuracy)
-    means = {name: {rate: sum(v) / len(v) for rate, v in sorted(found.items())} for name, found in cells.items()}
-    return Search(
-        records=tuple(newest.values()),
-        rates=tuple(sorted({rate for found in means.values() for rate in found})),
-        accuracies=means,
+    rows.sort(key=lambda row: (-sign * row.score.mean, row.trainable))
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    contests = [
+        _contest(metric, budget, [row for row in rows if row.budget in (None, budget)], example_groups)
+        for budget in (budgets or (None,))
+    ]
+    searched = tunings(group, metric.higher_is_better)
+    front = statistics.pareto({row.name: (float(row.trainable), sign * row.score.mean) for row in rows})
+    return Findings(
+        metric=metric,
+        rows=tuple(rows),
+        contests=tuple(contests),
+        front=tuple(front),
+        groups=example_groups,
+        tunings=tuple(searched),
+        warnings=(*warnings, *_doubts(rows, contests, searched)),
     )
 
 
-# In words -----------------------------------------------------------------------------------------------------------
+Key = tuple[str, int | None]
+"""A contender and its budget."""
 
 
-def percent(value: float) -> str:
-    """A share as a percentage with one decimal, no sign."""
-    return f"{100 * value:.1f}"
+def _newest(finals: Sequence[Record]) -> tuple[dict[Key, tuple[Record, ...]], list[str]]:
+    """The records of each contender and budget in its newest form, by ascending seed; and what was left out."""
+    by_key: dict[Key, list[Record]] = defaultdict(list)
+    for each in sorted(finals, key=lambda r: r.started):
+        by_key[(each.contender, each.budget if each.knob is not None else None)].append(each)
+    chosen: dict[Key, tuple[Record, ...]] = {}
+    changed: dict[str, None] = {}
+    solved = {r.contender: r.knob is not None for r in sorted(finals, key=lambda r: r.started)}
+    for key, mine in by_key.items():
+        if solved[key[0]] != (key[1] is not None):
+            changed[key[0]] = None
+            continue
+        newest = mine[-1].variant
+        kept = {r.seed: r for r in mine if r.variant == newest}
+        if any(r.variant != newest for r in mine):
+            changed[key[0]] = None
+        chosen[key] = tuple(kept[seed] for seed in sorted(kept))
+    return chosen, [f"{name} was run with other settings before; only the newest are shown." for name in changed]
 
 
-def points(estimate: Estimate) -> str:
-    """A difference in percentage points with its interval."""
-    ends = f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"
-    return f"{100 * estimate.mean:+.1f} points, simultaneous 95 % interval {ends}"
+def _names(chosen: Iterable[Key]) -> dict[Key, str]:
+    """A name for each row: the contender's, and the budget where it has several."""
+    budgets = {budget for _, budget in chosen if budget is not None}
+    if len(budgets) < 2:
+        return {key: key[0] for key in chosen}
+    short = {budget: short_count(budget) for budget in budgets}
+    twice = {text for text, times in Counter(short.values()).items() if times > 1}
+    shown = {budget: f"{budget:,}" if text in twice else text for budget, text in short.items()}
+    return {key: key[0] if key[1] is None else f"{key[0]}, {shown[key[1]]}" for key in chosen}
 
 
-def p_value(p: float) -> str:
-    """A p value as a person writes it."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+def short_count(value: float) -> str:
+    """A count as a person says it: 3k, 75k, 22.7M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _counts(chosen: dict[Key, tuple[Record, ...]]) -> tuple[dict[Key, Counts], Sequence[int]]:
+    """The counts of each row, and the groups that the examples of all of them have."""
+    made: dict[Key, Counts] = {}
+    shared: tuple[Record, list[int]] | None = None
+    for key, records in chosen.items():
+        counts = []
+        for each in records:
+            found = each.read_outcomes()
+            shared = shared or (each, list(found.groups))
+            if list(found.groups) != shared[1] or len(found.counts) != len(found.groups):
+                raise RecordError(
+                    f"the predictions of {each.contender}, seed {each.seed}, and of {shared[0].contender}, seed "
+                    f"{shared[0].seed}, are of other examples although their data have one hash; run one of them again"
+                )
+            counts.append(found.counts)
+        made[key] = np.asarray(counts, dtype=np.float64)
+    assert shared is not None
+    return made, shared[1]
 
 
-def answer(found: Findings) -> list[str]:
-    """The conclusion, a sentence each."""
-    best, thrifty, tied = found.rows[0], found.thriftiest(), found.tied_with_best()
-    sentences = [
-        f"{best.name} has the highest mean accuracy, {percent(best.accuracy.mean)} ± "
-        f"{percent(best.accuracy.half_width)} %, with {best.trainable:,} trainable parameters."
-    ]
-    if not found.comparisons:
-        return [*sentences, "There is nothing to compare it with on common seeds."]
-    others = [row.name for row in tied[1:]]
-    if others:
-        sentences.append(f"It cannot be told apart from {listed(others)}.")
-    else:
-        sentences.append("It is significantly better than every other contender.")
-    if thrifty is best:
-        sentences.append(
-            f"Most accuracy for the fewest parameters: {best.name}; "
-            + (
-                "of those that cannot be told apart it also trains the fewest parameters."
-                if others
-                else "nothing with fewer parameters comes near it."
-            )
+def _contest(metric: Metric, budget: int | None, rows: Sequence[Row], groups: Sequence[int]) -> Contest:
+    seeds = sorted(set.intersection(*(set(row.seeds) for row in rows)))
+    comparisons: list[Comparison] = []
+    if seeds and len(rows) > 1:
+        comparisons = statistics.compare_all(
+            {row.contender: row.table[lines(row, seeds)] for row in rows},
+            groups,
+            metric=metric,
+            counts={row.contender: row.counts[lines(row, seeds)] for row in rows},
         )
-    else:
-        comparison = found.between(best.name, thrifty.name)
-        gap = (
-            f"; the difference is {points(comparison.difference)}, so up to {100 * comparison.difference.high:.1f} "
-            "points are not ruled out"
-            if comparison
-            else ""
+    return Contest(budget=budget, metric=metric, rows=tuple(rows), seeds=tuple(seeds), comparisons=tuple(comparisons))
+
+
+def lines(row: Row, seeds: Sequence[int]) -> list[int]:
+    """Where the seeds stand in a row's table, in their order."""
+    return [row.seeds.index(seed) for seed in seeds]
+
+
+def _doubts(rows: Sequence[Row], contests: Sequence[Contest], searched: Sequence[Tuning]) -> list[str]:
+    """What weakens the comparison."""
+    found: list[str] = []
+    common = set.intersection(*(set(row.seeds) for row in rows))
+    everything = sorted(set.union(*(set(row.seeds) for row in rows)))
+    if set(everything) != common:
+        lacking = ", ".join(row.name for row in rows if list(row.seeds) != everything)
+        used = sorted({contest.seeds for contest in contests})
+        shown = "; ".join(str(list(seeds)) if seeds else "none" for seeds in used)
+        found.append(
+            f"Not all seeds have been run: {lacking} lack some of {everything}. "
+            f"Tests use the seeds that all have: {shown}."
         )
-        share = thrifty.trainable / best.trainable
-        sentences.append(
-            f"Most accuracy for the fewest parameters: {thrifty.name}, {percent(thrifty.accuracy.mean)} ± "
-            f"{percent(thrifty.accuracy.half_width)} % with {thrifty.trainable:,} trainable parameters, "
-            f"{100 * share:.2g} % of those of {best.name}, from which these data cannot tell it apart{gap}."
+    if len(everything) == 1:
+        found.append("One seed only: intervals and tests say nothing about other training runs.")
+    elif len(everything) < FEWEST_SEEDS:
+        found.append(
+            f"Fewer than {FEWEST_SEEDS} seeds: how much training runs differ is hardly known, and the intervals are "
+            "wide."
         )
-    return sentences
-
-
-def verdicts(found: Findings) -> list[tuple[Row, list[str], list[str], list[str]]]:
-    """For each row: the names it is significantly better than, those it cannot be told from, those better than it."""
-    table = []
-    for row in found.rows:
-        better: list[str] = []
-        same: list[str] = []
-        worse: list[str] = []
-        for other in found.rows:
-            comparison = found.between(row.name, other.name)
-            if other is row or comparison is None:
-                continue
-            if not comparison.significant():
-                same.append(other.name)
-            elif comparison.first == row.name:
-                better.append(other.name)
-            else:
-                worse.append(other.name)
-        table.append((row, better, same, worse))
-    return table
-
-
-def baseline_sentences(found: Findings) -> list[str]:
-    """What can be said against each baseline."""
-    sentences = []
-    for base in (row for row in found.rows if row.baseline):
-        better: list[str] = []
-        same: list[str] = []
-        worse: list[str] = []
-        for row in found.rows:
-            comparison = found.between(row.name, base.name)
-            if row.baseline or comparison is None:
-                continue
-            if not comparison.significant():
-                same.append(row.name)
-            else:
-                (better if comparison.first == row.name else worse).append(row.name)
-        parts = []
-        if better:
-            parts.append(f"significantly better: {listed(better)}")
-        if same:
-            parts.append(f"cannot be told apart: {listed(same)}")
-        if worse:
-            parts.append(f"significantly worse: {listed(worse)}")
-        if parts:
-            sentences.append(f"Against {base.name} ({percent(base.accuracy.mean)} %): {'; '.join(parts)}.")
-    return sentences
+    records = [r for row in rows for r in row.records]
+    machines = {(r.environment.get("processor"), r.environment.get("cores"), r.threads, r.jobs) for r in records}
+    if len(machines) > 1:
+        found.append(
+            "The records come from different machines, thread counts or numbers of cells at a time: times cannot be "
+            "compared."
+        )
+    if any(r.jobs > 1 for r in records):
+        most = max(r.jobs for r in records)
+        found.append(f"Up to {most} cells ran at the same time: times are less exact than those of one at a time.")
+    shown_rows = {(row.contender, row.budget) for row in rows}
+    edges = list(dict.fromkeys(t.contender for t in searched if (t.contender, t.budget) in shown_rows and t.at_edge()))
+    if edges:
+        found.append(
+            f"The chosen learning rate is the lowest or the highest that was tried, extensions of the grid included: "
+            f"{', '.join(edges)}. A better one may lie beyond."
+        )
+    return found

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from peftkit_bench.record import MergeRecord
-from peftkit_bench.report import plots
-from peftkit_bench.report.plots import ACCENT, GRID, MUTED, OWN
+from peftkit_bench.report.style import ACCENT, GRID, MUTED, OWN, STYLE
 
 FORMATS = {"bf16": "16 bits", "nf4": "4 bits (NF4)", "int8": "8 bits (int8)"}
 """Groups of contenders by what they merge into; a fused layer keeps NF4 codes, and stands with those."""
@@ -265,7 +264,7 @@ def figure(found: Merges) -> Figure:
     for name, _ in found.keys:
         sizes[name] += 1
     main = max(sizes, key=lambda name: sizes[name])
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(STYLE):
         made = Figure(figsize=(11, 7.4), dpi=100)
         FigureCanvasAgg(made)
         axes = made.subplots(2, len(forms), sharex=True, sharey="row", squeeze=False)

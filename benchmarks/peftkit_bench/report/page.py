@@ -1,31 +1,73 @@
-"""Findings -> report.md and one self-contained index.html, with the plots beside them."""
+"""Findings -> report.md, one self-contained index.html, CSV tables, and the plots beside them."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from peftkit_bench import record
 from peftkit_bench.record import MergeRecord, Record, RecordError
-from peftkit_bench.report import findings as words
-from peftkit_bench.report import merges, plots
-from peftkit_bench.report.findings import Findings, Row, Search
+from peftkit_bench.report import (
+    across,
+    columns,
+    costs,
+    facts,
+    forgetting,
+    merges,
+    pairs,
+    plots,
+    ranks,
+    rates,
+    sentences,
+    style,
+    table_csv,
+    training,
+)
+from peftkit_bench.report import findings as finding
+from peftkit_bench.report.across import Across
+from peftkit_bench.report.findings import Contest, Findings
+from peftkit_bench.report.tuning import tunings
 
-PNG_DPI = 200
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot as the templates show it."""
+
+    image: str
+    """Name of its file."""
+    svg: Markup
+    alt: str
+    caption: str
+
+
+@dataclass
+class _Plotter:
+    """Writes the plots of one section."""
+
+    out: Path
+    suffix: str
+    """Of the files' names; tells sections apart."""
+
+    def __call__(self, name: str, made: Figure, alt: str, caption: str = "") -> Plot:
+        name = f"{name}{self.suffix}"
+        # Made by matplotlib from records: nothing in it is a person's markup.
+        return Plot(f"{name}.png", Markup(style.write_figure(made, self.out, name)), alt, caption)
 
 
 def write(records_dirs: Sequence[Path], out: Path) -> Path:
-    """The path of index.html, written with report.md and the plots from the records of the given folders.
+    """The path of index.html, written with report.md, CSV tables and plots from the records of the given folders.
 
     Args:
-        records_dirs: folders with a `records.jsonl` each.
+        records_dirs: folders with a `records.jsonl` each, and the predictions beside it.
         out: folder for the report.
 
     Raises:
@@ -38,14 +80,40 @@ def write(records_dirs: Sequence[Path], out: Path) -> Path:
             "run a suite first: peftkit bench run SUITE --out DIR"
         )
     out.mkdir(parents=True, exist_ok=True)
-    compared = words.grouped([each for each in found if isinstance(each, Record)])
-    sections = [_section(group, out, index) for index, group in enumerate(compared)]
-    merged = words.grouped([each for each in found if isinstance(each, MergeRecord)])
-    sections += [_merge_section(group, out, index) for index, group in enumerate(merged)]
-    _place(out / "report.md", _environment(html=False).get_template("report.md.j2").render(sections=sections))
-    page = _environment(html=True).get_template("index.html.j2").render(sections=sections)
-    _place(out / "index.html", page)
+    groups = [part for group in finding.grouped(r for r in found if isinstance(r, Record)) for part in _by_split(group)]
+    compared = [finding.findings(group) if _finals(group) else None for group in groups]
+    everything = [each for each in compared if each is not None]
+    sections = [_across_section(levels, _plotter(out, i)) for i, levels in enumerate(across.across(everything))]
+    for i, (group, each) in enumerate(zip(groups, compared, strict=True)):
+        plotter = _plotter(out, i)
+        sections.append(_search_section(group, plotter) if each is None else _comparison_section(each, plotter))
+    merged = finding.grouped(each for each in found if isinstance(each, MergeRecord))
+    sections += [_merge_section(group, _plotter(out, i)) for i, group in enumerate(merged)]
+    for i, section in enumerate(sections):
+        section["anchor"] = f"section-{i + 1}"
+    for template in ("report.md", "index.html"):
+        made = _environment(html=template.endswith("html")).get_template(f"{template}.j2")
+        _place(out / template, made.render(sections=sections))
+    if everything:
+        _place(out / "results.csv", table_csv.results(everything))
+        _place(out / "comparisons.csv", table_csv.comparisons(everything))
     return out / "index.html"
+
+
+def _finals(group: Iterable[Record]) -> list[Record]:
+    return [each for each in group if each.phase == "final"]
+
+
+def _by_split(group: list[Record]) -> list[list[Record]]:
+    """The group for each split that final runs predicted, the searches with each."""
+    splits = list(dict.fromkeys(each.split for each in _finals(group)))
+    if len(splits) < 2:
+        return [group]
+    return [[each for each in group if each.phase != "final" or each.split == split] for split in splits]
+
+
+def _plotter(out: Path, index: int) -> _Plotter:
+    return _Plotter(out, "" if index == 0 else f"-{index + 1}")
 
 
 def _place(path: Path, text: str) -> None:
@@ -73,52 +141,155 @@ def _environment(*, html: bool) -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
-        percent=words.percent, points=words.points, p_value=words.p_value, listed=words.listed, short=plots.short_count
-    )
+        points=sentences.points, difference=sentences.difference, interval=sentences.interval,
+        listed=sentences.listed, short=finding.short_count, tally=across.tally_text,
+    )  # fmt: skip
     return made
 
 
-def _section(group: Sequence[Record], out: Path, index: int) -> dict[str, Any]:
-    """What the templates show of one group of comparable records."""
-    first = group[0]
-    shared = {"title": first.title, "suite": first.suite, "facts": _facts(group), "anchor": f"s{index}"}
-    if words.is_search(group):
-        searched = words.search(group)
-        return {**shared, "kind": "search", "rates": searched.rates, "rows": search_rows(searched)}
-    found = words.findings(group)
-    suffix = "" if index == 0 else f"-{index + 1}"
-    figures = {"accuracy": plots.accuracy_figure(found), "ranking": plots.ranking_figure(found)}
-    for name, figure in figures.items():
-        figure.savefig(out / f"{name}{suffix}.png", dpi=PNG_DPI, facecolor="white")
-        plots.save_svg(figure, out / f"{name}{suffix}.svg")
+# Sections -----------------------------------------------------------------------------------------------------------
+
+
+def _comparison_section(found: Findings, plotter: _Plotter) -> dict[str, Any]:
+    """What the templates show of one comparison."""
+    paired, grown = pairs.parity(found), pairs.growth(found)
+    first, several = found.first, len(found.budgets) > 1
     return {
-        **shared,
         "kind": "comparison",
+        "title": first.title,
+        "suite": first.suite,
         "found": found,
-        "answer": words.answer(found),
-        "against": words.baseline_sentences(found),
-        "verdicts": words.verdicts(found),
-        "tied": {row.name for row in found.tied_with_best()},
-        "thriftiest": found.thriftiest().name,
-        "columns": _columns(found),
-        "how": _how(found),
-        "images": {name: f"{name}{suffix}.png" for name in figures},
-        "svgs": {
-            name: Markup(
-                plots.unique_ids(plots.svg(figure), f"{shared['anchor']}-{name}")
-            )  # made by matplotlib from records
-            for name, figure in figures.items()
+        "contests": [_contest(contest, plotter, several) for contest in found.contests],
+        "overall": [sentences.front_sentence(found), *sentences.growth_sentences(found, grown)] if several else [],
+        "score": plotter(
+            "score", plots.score_figure(found)[0],
+            f"{found.metric.name} against trainable parameters; the numbers are in the table below",
+            f"{found.metric.name[:1].upper()}{found.metric.name[1:]} on the {first.split} split against trainable "
+            "parameters. Methods that share a budget stand side by side; exact counts are in the table.",
+        ),
+        "columns": columns.columns(found),
+        "thriftiest": _thriftiest(found),
+        "blocks": columns.blocks(found),
+        "unit": sentences.unit(found.metric),
+        "plots": _further(found, plotter),
+        "rates": columns.rates(found.tunings),
+        "rate_rows": columns.rate_rows(found.tunings, found.metric),
+        "parity_header": columns.parity_header(),
+        "parity": columns.parity_rows(paired, found.metric),
+        "how": facts.how(found, pairs=bool(paired)),
+        "facts": facts.facts([r for row in found.rows for r in row.records]),
+    }  # fmt: skip
+
+
+def _thriftiest(found: Findings) -> dict[str, str]:
+    """By the name of a row that has most for the fewest parameters: at which budgets, where there are several."""
+    made: dict[str, list[str]] = {}
+    for contest in found.contests:
+        where = [finding.short_count(contest.budget)] if contest.budget is not None and len(found.contests) > 1 else []
+        made.setdefault(contest.thriftiest().name, []).extend(where)
+    return {name: f" at {sentences.listed(where)}" if where else "" for name, where in made.items()}
+
+
+def _contest(contest: Contest, plotter: _Plotter, several: bool) -> dict[str, Any]:
+    """What the templates show of one budget."""
+    where = f"-{finding.short_count(contest.budget)}" if several and contest.budget is not None else ""
+    return {
+        "contest": contest,
+        "heading": sentences.at_budget(contest) if several else "",
+        "answer": sentences.answer(contest),
+        "against": sentences.baseline_sentences(contest),
+        "verdicts": sentences.verdicts(contest),
+        "ranking": plotter(
+            f"ranking{where}", plots.ranking_figure(contest),
+            f"{contest.metric.name} by method with intervals, best first",
+        ),
+    }  # fmt: skip
+
+
+def _further(found: Findings, plotter: _Plotter) -> dict[str, Plot]:
+    """The plots that are there only where something was recorded, and costs."""
+    title = found.first.title
+    made: dict[str, tuple[Callable[[], Figure | None], str]] = {
+        "rates": (
+            lambda: rates.rates_figure(found.tunings, found.metric, f"Learning rates  ·  {title}")
+            if found.tunings else None,
+            f"{found.metric.name} on the tune split by learning rate for each contender; the numbers are in the table",
+        ),
+        "losses": (lambda: training.losses_figure(found), "Training loss by step for each contender"),
+        "stopping": (lambda: training.stopping_figure(found), "Value on the stop split by step for each contender"),
+        "costs": (lambda: costs.costs_figure(found), "Memory, training time and latency; numbers are in the table"),
+        "forgetting": (
+            lambda: made_[0] if (made_ := forgetting.forgetting_figure(found)) else None,
+            f"{found.metric.name} against what was forgotten of general text; the numbers are in the table",
+        ),
+    }  # fmt: skip
+    return {name: plotter(name, figure, alt) for name, (draw, alt) in made.items() if (figure := draw()) is not None}
+
+
+def _search_section(group: Sequence[Record], plotter: _Plotter) -> dict[str, Any]:
+    """What the templates show of a search without runs that count."""
+    metric = finding.metric_of(group[0])
+    searched = tunings(group, metric.higher_is_better)
+    title = group[0].title
+    return {
+        "kind": "search",
+        "title": title,
+        "suite": group[0].suite,
+        "answer": [
+            f"A search in progress: {len(group)} runs of {len(searched)} contenders and sizes so far, and none that "
+            "counts. The same command goes on where it was."
+        ],
+        "metric": metric,
+        "unit": sentences.unit(metric),
+        "plots": {
+            "rates": plotter(
+                "rates", rates.rates_figure(searched, metric, f"Learning rates so far  ·  {title}"),
+                f"{metric.name} on the tune split by learning rate for each contender",
+            )
         },
+        "rates": columns.rates(searched),
+        "rate_rows": columns.rate_rows(searched, metric),
+        "facts": facts.facts(group),
+    }  # fmt: skip
+
+
+def _across_section(levels: Sequence[Across], plotter: _Plotter) -> dict[str, Any]:
+    """What the templates show of several tasks that share contenders."""
+    parts = []
+    for place, each in enumerate(levels):
+        names = list(each.friedman.methods)
+        parts.append(
+            {
+                "heading": f"At {each.level}" if each.level and len(levels) > 1 else "",
+                "answer": across.answer(each),
+                "plot": plotter(
+                    f"ranks{f'-{place + 1}' if place else ''}", ranks.ranks_figure(each),
+                    "Average ranks with the critical difference; the numbers are in the table",
+                ),
+                "rows": [
+                    (
+                        name, f"{each.rank(name):.2f}", across.tally_text(each.total(name)),
+                        [contest.metric.shown(contest.row(name).score.mean) for contest in each.contests],
+                    )
+                    for name in names
+                ],
+                "tasks": list(zip(each.tasks, (contest.metric for contest in each.contests), strict=True)),
+                "names": names,
+                "matrix": [(one, [each.tallies.get((one, other)) for other in names]) for one in names],
+            }
+        )  # fmt: skip
+    return {
+        "kind": "across",
+        "title": f"Across {len(levels[0].tasks)} tasks",
+        "suite": " and ".join(dict.fromkeys(c.rows[0].first.suite.split(":")[0] for c in levels[0].contests)),
+        "parts": parts,
     }
 
 
-def _merge_section(group: Sequence[MergeRecord], out: Path, index: int) -> dict[str, Any]:
+def _merge_section(group: Sequence[MergeRecord], plotter: _Plotter) -> dict[str, Any]:
     """What the templates show of the merges of one suite."""
     found = merges.merges(group)
-    name = f"merges{'' if index == 0 else f'-{index + 1}'}"
-    figure = merges.figure(found)
-    figure.savefig(out / f"{name}.png", dpi=PNG_DPI, facecolor="white")
-    plots.save_svg(figure, out / f"{name}.svg")
+    plot = plotter("merges", merges.figure(found), "Effect kept and error against the size of the change")
     return {
         "title": found.first.title,
         "suite": found.first.suite,
@@ -128,138 +299,6 @@ def _merge_section(group: Sequence[MergeRecord], out: Path, index: int) -> dict[
         "tables": merges.tables(found),
         "how": merges.how(found),
         "facts": merges.facts(found),
-        "image": f"{name}.png",
-        "svg": Markup(plots.unique_ids(plots.svg(figure), f"m{index}")),  # made by matplotlib from records
+        "image": plot.image,
+        "svg": plot.svg,
     }
-
-
-# The table ----------------------------------------------------------------------------------------------------------
-
-
-def _columns(found: Findings) -> list[tuple[str, str, Callable[[Row], str]]]:
-    """Heading, unit and cell of each column after the name."""
-    backbone = found.first.backbone["parameters"] - found.first.head_parameters
-
-    def parameters(row: Row) -> str:
-        text = f"{row.parameters:,}"
-        return f"{text} ({row.final_parameters:,} kept)" if row.final_parameters < row.parameters else text
-
-    def measured(field: str, scale: float, digits: int) -> Callable[[Row], str]:
-        def cell(row: Row) -> str:
-            value = row.median(field)
-            return "–" if value is None else f"{value * scale:,.{digits}f}"
-
-        return cell
-
-    return [
-        ("Trainable", "parameters", parameters),
-        ("Of backbone", "%", lambda row: f"{100 * row.parameters / backbone:.3g}"),
-        ("Accuracy", "%", lambda row: f"{words.percent(row.accuracy.mean)} ± {words.percent(row.accuracy.half_width)}"),
-        ("Training", "s", measured("train_seconds", 1, 1)),
-        ("Peak memory", "MB", measured("peak_bytes", 1e-6, 0)),
-        ("On disk", "kB", measured("adapter_bytes", 1e-3, 0)),
-        ("Latency", "ms", measured("latency_seconds", 1e3, 1)),
-        ("Merged", "ms", measured("merged_latency_seconds", 1e3, 1)),
-        ("Bare backbone", "ms", measured("base_latency_seconds", 1e3, 1)),
-        ("Learning rate", "", lambda row: f"{row.records[0].learning_rate:g}" if row.parameters else "–"),
-        ("Size", "", lambda row: row.size or ("–" if row.baseline else "its own")),
-    ]
-
-
-# What was done ------------------------------------------------------------------------------------------------------
-
-
-def _facts(group: Sequence[Record]) -> list[tuple[str, str]]:
-    """What the records share: data, backbone, training, machine."""
-    first = max(group, key=lambda r: r.started)
-    data, backbone, training, machine = first.data, first.backbone, first.training, first.environment
-    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB memory" if machine["memory_bytes"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    texts = (
-        f"{data['name']} (hash {data['hash']}): {data['train']:,} training, {data['validation']:,} validation and "
-        f"{data['test']:,} test texts in {len(data['classes'])} classes; at most {data['max_tokens']} tokens"
-    )
-    model = (
-        f"{backbone['name']} ({backbone['class']}, {backbone['parameters']:,} parameters, weights "
-        f"{backbone['hash'] or 'from a hub'})"
-    )
-    schedule = (
-        f"{training['steps']} steps of {training['batch_size']} texts, AdamW, linear warm-up over "
-        f"{100 * training['warmup']:g} % of the steps and linear decay; weight decay {training['weight_decay']:g}, "
-        f"gradient norm at most {training['clip_norm']:g}; head at learning rate "
-        f"{training['head_learning_rate']:g} for every method"
-    )
-    computer = (
-        f"{machine['processor']}, {machine['cores']} cores{memory}, device {machine['device']}, "
-        f"{machine['system']}; cells at a time: {first.jobs}, threads for each: {first.threads}"
-    )
-    return [
-        ("Data", texts),
-        ("Classes", ", ".join(f"{name} {version}" for name, version in data["versions"].items())),
-        ("Backbone", model),
-        ("Training", schedule),
-        ("Machine", computer),
-        ("Versions", f"Python {machine['python']}, {versions}; commit {machine['commit'] or 'not in a repository'}"),
-    ]
-
-
-def _how(found: Findings) -> list[tuple[str, str]]:
-    """How each number was taken, in a sentence or two."""
-    first = found.first
-    seeds = ", ".join(map(str, sorted({seed for row in found.rows for seed in row.seeds})))
-    budget = f"; where a method has a size to set, it was solved for at most {first.budget:,}" if first.budget else ""
-    how = {
-        "Trainable parameters": (
-            f"exact counts of the method's own parameters{budget}; the classification head, {first.head_parameters:,} "
-            "parameters trained by every method, comes on top, and is counted in the plots. “Kept” are those that "
-            "remain where a method prunes, or folds away what only training needs."
-        ),
-        "Accuracy": (
-            f"mean over seeds {seeds} (order of the data, start of head and adapter, dropout) on {len(first.labels):,} "
-            "test texts, on which nothing was chosen."
-        ),
-        "Intervals": (
-            "95 %, for other seeds and other texts: the variance between training runs, pooled over methods because "
-            "few seeds say little about each by itself, and the variance between source files "
-            f"({found.rows[0].accuracy.groups} of them: texts of one file are not independent) are added, with "
-            "Satterthwaite's degrees of freedom. What seeds and texts share in variance counts twice, so the interval "
-            "errs on the wide side."
-        ),
-        "Tests": (
-            "paired on the stored predictions: the difference of two methods on the same texts and seeds is estimated "
-            "the same way, with the variance between runs pooled over all pairs, and tested with t; Holm's correction "
-            f"over all {len(found.comparisons)} pairs, level 5 %. “Cannot be told apart” does not mean equal: the "
-            "intervals of the differences say how large a difference these data leave possible. They hold all together "
-            "(Bonferroni)."
-        ),
-        "Learning rates": "each method's own, as the suite gives them; the suite says how they were found.",
-        "Training time": (
-            "median over seeds of the wall-clock time of the training steps, without loading, tokenising and "
-            "evaluation."
-        ),
-        "Peak memory": (
-            f"median over seeds; {first.memory_method}. Full fine-tuning through peftkit keeps the frozen weights "
-            "beside the trained ones, which is part of its number."
-        ),
-        "On disk": "the saved adapter folder, head included.",
-        "Latency": (
-            f"one forward pass of {first.latency_rows} row of {first.latency_tokens} tokens, median of 30 after 5 that "
-            "do not count, then the median over seeds; the bare backbone was timed in the same process as each method. "
-            "“–”: the method cannot be merged."
-        ),
-    }
-    return list(how.items())
-
-
-def search_rows(found: Search) -> list[tuple[str, list[str], str]]:
-    """For each contender: its accuracies by rate with the best marked, and the best rate in words."""
-    rows = []
-    for name in found.accuracies:
-        best = found.best(name)
-        cells = [
-            "–" if rate not in found.accuracies[name]
-            else words.percent(found.accuracies[name][rate]) + (" *" if rate == best else "")
-            for rate in found.rates
-        ]  # fmt: skip
-        rows.append((name, cells, f"{best:g}" + (" (at the edge of the grid)" if found.at_edge(name) else "")))
-    return rows
