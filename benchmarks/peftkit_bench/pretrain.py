@@ -93,7 +93,7 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.size: recipe
     for recipe in (
         Recipe(size="tiny", vocabulary=4096, hidden=256, layers=4, heads=4, feed_forward=704, windows=16, at_once=8,
-               steps=900, matrix_rate=0.01, other_rate=0.01, package_characters=6_000_000),
+               steps=750, matrix_rate=0.01, other_rate=0.01, package_characters=6_000_000),
         Recipe(size="small", vocabulary=8192, hidden=384, layers=6, heads=6, feed_forward=1024, windows=32, at_once=8,
                steps=1500, matrix_rate=0.01, other_rate=0.006, package_characters=12_000_000),
         Recipe(size="base", vocabulary=8192, hidden=640, layers=12, heads=10, feed_forward=1728, windows=128,

@@ -84,7 +84,11 @@ class SequenceToSequence:
         """See `Task`: the tokens of the source, and `labels`, those of the first target."""
         source = tokenizer(self.prefix + row["source"], truncation=True, max_length=self.max_tokens)
         target = tokenizer(text_target=row["target"][0], truncation=True, max_length=self.max_target_tokens)
-        return {"input_ids": list(source["input_ids"]), "labels": list(target["input_ids"])}
+        labels = list(target["input_ids"])
+        # Some tokenizers leave it to the caller, and a model that is never shown an end would write on for ever.
+        if tokenizer.eos_token_id not in (None, labels[-1]):
+            labels.append(tokenizer.eos_token_id)
+        return {"input_ids": list(source["input_ids"]), "labels": labels[: self.max_target_tokens]}
 
     def skeleton(self, folder: str, facts: Mapping[str, Any]) -> nn.Module:
         """See `Task`."""
