@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_records import made_up
+from bench_records import made_up, write
 from peftkit_bench import merge_suite, record, report
 from peftkit_bench.record import MergeRecord
 from peftkit_bench.report import merges
@@ -30,10 +30,7 @@ def made(contender: str, size: float | None = 0.02, **changes: Any) -> MergeReco
 
 def test_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     both = [made("a"), made_up("LoRA", 0.5, 10)]
-    with record.writer(tmp_path) as writer:
-        for each in both:
-            writer.append(each)
-    found = record.read(tmp_path)
+    found = record.read(write(tmp_path, both))
     assert [type(each) for each in found] == [type(each) for each in both]
     assert found[0] == both[0]
     assert MergeRecord.from_line(both[0].to_line()) == both[0]
@@ -53,9 +50,7 @@ def test_report_shows_numbers_refusals_and_the_certificate(tmp_path: Path) -> No
                                          "bf16": {"logits": [0.9, 3.0]}}),
         made("fused", into="fused"),
     ]  # fmt: skip
-    with record.writer(tmp_path / "in") as writer:
-        for each in [made("own", kept={}, started="2025-01-01T00:00:00+00:00"), *records, made_up("A", 0.5, 10)]:
-            writer.append(each)
+    write(tmp_path / "in", [made("own", kept={}, started="2025-01-01T00:00:00+00:00"), *records, made_up("A", 0.5, 10)])
     page = report.write([tmp_path / "in"], tmp_path / "out")
     markdown, html = (tmp_path / "out" / "report.md").read_text(), page.read_text()
     for text in (
@@ -73,7 +68,8 @@ def test_report_shows_numbers_refusals_and_the_certificate(tmp_path: Path) -> No
     ):
         assert text in markdown
     assert "<td>0.75 / 0.12 †</td>" in html
-    assert html.count("<svg") == 3
+    assert html.count('<figure role="img" aria-label="Effect kept and error against the size of the change;') == 1
+    assert {each.suffix for each in (tmp_path / "out").glob("merges.*")} == {".png", ".svg"}
     assert "into 8 bits" not in markdown
     assert merges.tables(merges.merges(records))[-1].rows[0][:6] == (
         "dense",

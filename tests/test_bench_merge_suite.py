@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from merge_suites import GOOD, changed
-from peftkit_bench import engine, merge_suite, merging, suite
+from peftkit_bench import merge_suite, merging, preview, suite
 from peftkit_bench.spec import SuiteError
 
 import peftkit
@@ -22,11 +22,15 @@ SUITES = Path(__file__).parents[1] / "benchmarks" / "suites"
         ("routes/own/inn", "bf16", r"routes.own: unknown key 'inn'; did you mean 'into'"),
         ("adapters/LoRA/size", 1, r"adapters.LoRA: unknown key 'size'; did you mean 'sizes'"),
         ("kind", "comparison", r"kind: expected 'merge', found 'comparison'"),
-        ("backbone", {}, r"backbone: give either package or path"),
+        ("backbone", {}, r"backbone: give one of package, path and pretrained"),
         ("training/steps", 0, r"training, steps: expected at least 1, found 0"),
         ("training/batch_size", 0, r"training, batch_size: expected at least 1, found 0"),
-        ("calibration_rows", 33, r"calibration_rows: expected 1 to 32, the rows of its split, found 33"),
-        ("judged_rows", 0, r"judged_rows: expected 1 to 24, the rows of its split, found 0"),
+        ("training/evaluations", 4, r"training, evaluations: expected at most one a step \(3\), found 4"),
+        ("data/validation", 8, r"data: unknown key 'validation'"),
+        ("data/source", "docstrings", r"data, source: did you mean 'docstring-origin'"),
+        ("task/name", "token-cls", r"data: docstring-origin has rows for seq-cls, not for the task token-cls"),
+        ("calibration_rows", 0, r"calibration_rows: expected at least 1, found 0"),
+        ("judged_rows", 0, r"judged_rows: expected at least 1, found 0"),
         ("minimum_effect", 1.5, r"minimum_effect: expected a share in \[0, 1\], found 1.5"),
         ("adapters", {}, r"adapters: expected at least one"),
         ("routes", {}, r"routes: expected at least one"),
@@ -71,11 +75,28 @@ def test_kind_decides_who_runs_a_suite(tmp_path: Path) -> None:
 def test_comparison_takes_no_other_kind() -> None:
     with pytest.raises(SuiteError, match="unknown key 'calibration_rows'"):
         suite.parse(copy.deepcopy(GOOD))
-    good = {
-        key: value for key, value in GOOD.items() if key in ("kind", "name", "title", "backbone", "data", "training")
-    }
-    with pytest.raises(SuiteError, match="kind: expected 'comparison', found 'merge'"):
-        suite.parse({**good, "seeds": [0], "contenders": {"LoRA": {"method": "lora"}}})
+
+
+def test_data_and_task_are_those_of_a_comparison(tmp_path: Path) -> None:
+    files = {"source": "files", "train": "a.jsonl", "test": "b.jsonl"}
+    path = tmp_path / "some.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "data": files, "task": "seq-cls"}))
+    found = merge_suite.load(path)
+    common = {key: GOOD[key] for key in ("name", "title", "backbone")}
+    training = {**GOOD["training"], "evaluations": 1}
+    contenders = {"LoRA": {"method": "lora", "learning_rate": 1}}
+    comparison = suite.parse(
+        {**common, "data": files, "training": training, "seeds": [1], "contenders": contenders}, folder=tmp_path
+    )
+    assert (found.data, found.task, found.training) == (comparison.data, comparison.task, comparison.training)
+    path.write_text(yaml.safe_dump({**GOOD, "data": files, "task": "token-cls"}))
+    with pytest.raises(SuiteError, match=r"task: merges are judged by the logits of seq-cls, found 'token-cls'"):
+        merge_suite.load(path)
+
+
+def test_weights_after_the_last_step_are_kept_unless_the_suite_evaluates() -> None:
+    assert merge_suite.parse(copy.deepcopy(GOOD)).training.evaluations == 1
+    assert merge_suite.parse(changed("training/evaluations", 3)).training.evaluations == 3
 
 
 def test_suite_that_comes_with_peftkit_has_every_tool_format_and_method() -> None:
@@ -88,16 +109,18 @@ def test_suite_that_comes_with_peftkit_has_every_tool_format_and_method() -> Non
         peftkit.METHODS[adapter.method].config(**adapter.config)
 
 
-def test_engine_still_runs_comparisons_through_the_command_line(
+def test_command_line_shows_comparisons_and_merges_each_by_its_own_module(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from typer.testing import CliRunner
 
     from peftkit.cli.app import app
 
-    seen = []
-    for module in (engine, merging):
-        monkeypatch.setattr(module, "dry_run", lambda path, name=module.__name__: seen.append((name, path.stem)) or "")
+    seen: list[tuple[str, str]] = []
+    for module, function in ((preview, "text"), (merging, "dry_run")):
+        monkeypatch.setattr(
+            module, function, lambda chosen, name=module.__name__: seen.append((name, chosen.stem)) or ""
+        )
     for name in ("quick", "merge"):
         assert CliRunner().invoke(app, ["bench", "run", name, "--dry-run"]).exit_code == 0
-    assert seen == [("peftkit_bench.engine", "quick"), ("peftkit_bench.merging", "merge")]
+    assert seen == [("peftkit_bench.preview", "quick"), ("peftkit_bench.merging", "merge")]

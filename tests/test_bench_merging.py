@@ -17,7 +17,6 @@ from peftkit_bench.merge_tools import Bases, merged
 from peftkit_bench.merge_yardstick import Sums, bytes_per_weight, reference, stored_weights
 from peftkit_bench.record import MergeRecord
 from peftkit_bench.spec import SuiteError
-from peftkit_bench.task import SequenceClassification
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
@@ -92,8 +91,8 @@ def bench(backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFTKIT_CACHE", str(cache))
         made = merge_suite.parse(changed("backbone", {"path": str(backbone)}))
-        prepared = SequenceClassification().prepare(made.comparison())
-    bases = Bases(prepared)
+        prepared = merging.prepared_for(made)
+    bases = Bases(made.task, prepared)
     torch.manual_seed(0)
     model = peftkit.wrap(bases.native(torch.float32), peftkit.LoRA(r=2))
     with torch.no_grad():
@@ -103,9 +102,9 @@ def bench(backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
             if name.endswith("classifier.weight"):
                 parameter.normal_()
     folder = peftkit.save(model, tmp_path_factory.mktemp("adapter"))
-    judged = merging.batches(prepared.evaluated, 8, prepared.padding, 8)[0]
+    judged = merging.batches(made.task, prepared.splits["test"], 8, prepared.padding, 8)[0]
     judged["attention_mask"][0, 10:] = 0
-    return Bench(bases, folder, judged, merging.batches(prepared.train, 16, prepared.padding))
+    return Bench(bases, folder, judged, merging.batches(made.task, prepared.splits["train"], 16, prepared.padding))
 
 
 # The yardstick ------------------------------------------------------------------------------------------------------
@@ -389,6 +388,21 @@ def test_merge_that_cannot_be_measured_does_not_stop_the_others(
     assert len(record.read(tmp_path / "out")) == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "rows", "there", "split"), [("calibration_rows", 33, 32, "train"), ("judged_rows", 25, 24, "test")]
+)
+def test_more_rows_than_there_are_is_refused(
+    suite_path: Path, tmp_path: Path, key: str, rows: int, there: int, split: str
+) -> None:
+    suite_path.write_text(yaml.safe_dump({**yaml.safe_load(suite_path.read_text()), key: rows}))
+    message = f"{key}: expected 1 to {there}, the rows of the {split} split, found {rows}"
+    with pytest.raises(SuiteError, match=message):
+        merging.run(suite_path, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SuiteError, match=message):
+        merging.dry_run(suite_path)
+
+
 def test_more_than_one_job_is_refused(suite_path: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="one merge at a time, found --jobs 2; leave it out, or give 1"):
         merging.run(suite_path, tmp_path / "out", jobs=2, progress=False)
@@ -405,7 +419,7 @@ def test_dry_run_says_what_would_be_merged(suite_path: Path) -> None:
 
 def test_what_decides_the_result_makes_another_key(suite_path: Path) -> None:
     made = merge_suite.load(suite_path)
-    prepared = SequenceClassification().prepare(made.comparison())
+    prepared = merging.prepared_for(made)
 
     def keys(other: merge_suite.MergeSuite) -> set[str]:
         return {cell.key for cell in merging.cells(other, prepared)}
@@ -425,6 +439,7 @@ def test_what_decides_the_result_makes_another_key(suite_path: Path) -> None:
 
 
 def test_calibration_and_judged_rows_come_from_different_files(suite_path: Path) -> None:
-    prepared = SequenceClassification().prepare(merge_suite.load(suite_path).comparison())
-    assert not set(prepared.train.groups) & set(prepared.evaluated.groups)
-    assert not set(prepared.train.tokens) & set(prepared.evaluated.tokens)
+    splits = merging.prepared_for(merge_suite.load(suite_path)).splits
+    assert not set(splits["train"].groups) & set(splits["test"].groups)
+    shown, judged = ({tuple(row["input_ids"]) for row in splits[name].encoded} for name in ("train", "test"))
+    assert not shown & judged

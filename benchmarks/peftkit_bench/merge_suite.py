@@ -9,10 +9,14 @@ from typing import Any
 
 import peftkit
 from peftkit.errors import nearest
+from peftkit_bench import suite as suites
+from peftkit_bench.data.dataset import Source
 from peftkit_bench.spec import Contender, SuiteError
-from peftkit_bench.suite import Backbone, Data, Suite, Training, require, strictly, values
+from peftkit_bench.strict import require, strictly, values
+from peftkit_bench.suite import Backbone, Suite, Training
+from peftkit_bench.tasks.contract import Task
+from peftkit_bench.tasks.sequence_classification import SequenceClassification
 
-BASES = ("bf16", "nf4", "int8")
 FORMATS = ("bf16", "nf4", "int8", "fused")
 ROUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "peftkit": {"bf16": ("bf16", "nf4", "int8"), "nf4": FORMATS, "int8": FORMATS},
@@ -21,6 +25,8 @@ ROUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "bitsandbytes": {"nf4": ("nf4", "int8")},
 }
 """What each tool can start from, and what it can merge that into."""
+SHARED = ("name", "title", "backbone", "data", "task", "training")
+"""Keys that mean the same in a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +68,10 @@ class MergeSuite:
     name: str
     title: str
     backbone: Backbone
-    data: Data
+    data: Source
+    task: Task
     training: Training
-    """Of every adapter."""
+    """Of every adapter; with `evaluations` left out, the weights after the last step are kept."""
     adapters: Mapping[str, Adapter]
     routes: Mapping[str, Route]
     """Contenders by the name that the report shows."""
@@ -83,6 +90,7 @@ class MergeSuite:
             title=self.title,
             backbone=self.backbone,
             data=self.data,
+            task=self.task,
             training=self.training,
             seeds=(self.seed,),
             contenders={
@@ -98,29 +106,32 @@ def load(path: Path) -> MergeSuite:
     Raises:
         SuiteError: a key is unknown, missing or of the wrong type, or values contradict each other.
     """
+    found = values(path)
     try:
-        return parse(values(path))
+        return parse(found, folder=path.parent)
     except SuiteError as error:
         raise SuiteError(f"{path}: {error}") from None
 
 
-def parse(found: Any) -> MergeSuite:
+def parse(found: Any, *, folder: Path | None = None) -> MergeSuite:
     """The suite that plain values describe.
+
+    Args:
+        folder: where relative paths in it start; None: the working directory.
 
     Raises:
         SuiteError: see `load`.
     """
-    suite = strictly(MergeSuite, found)
+    if not isinstance(found, dict):
+        raise SuiteError(f"the suite: expected keys and values, found {type(found).__name__} {found!r}")
+    suite = strictly(MergeSuite, {**found, **_shared(found, folder)})
     require(suite.kind == "merge", f"kind: expected 'merge', found {suite.kind!r}")
-    backbone, data, training = suite.backbone, suite.data, suite.training
-    require((backbone.package is None) != (backbone.path is None), "backbone: give either package or path")
-    require(training.steps >= 1, f"training, steps: expected at least 1, found {training.steps}")
-    require(training.batch_size >= 1, f"training, batch_size: expected at least 1, found {training.batch_size}")
-    for key, rows, split in (
-        ("calibration_rows", suite.calibration_rows, data.train),
-        ("judged_rows", suite.judged_rows, data.test),
-    ):
-        require(1 <= rows <= split, f"{key}: expected 1 to {split}, the rows of its split, found {rows}")
+    require(
+        isinstance(suite.task, SequenceClassification),
+        f"task: merges are judged by the logits of {SequenceClassification.name}, found {suite.task.name!r}",
+    )
+    for key, rows in (("calibration_rows", suite.calibration_rows), ("judged_rows", suite.judged_rows)):
+        require(rows >= 1, f"{key}: expected at least 1, found {rows}")
     require(0 <= suite.minimum_effect <= 1, f"minimum_effect: expected a share in [0, 1], found {suite.minimum_effect}")
     require(len(suite.adapters) > 0, "adapters: expected at least one")
     require(len(suite.routes) > 0, "routes: expected at least one")
@@ -129,6 +140,17 @@ def parse(found: Any) -> MergeSuite:
     for name, route in suite.routes.items():
         _check_route(f"routes, {name}", route)
     return suite
+
+
+def _shared(found: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """What a suite of merges says in the words of a comparison, read and checked as there."""
+    shared = {key: found[key] for key in SHARED if key in found}
+    training = shared.get("training")
+    if isinstance(training, dict):
+        shared["training"] = {"evaluations": 1, **training}
+    anyone = Contender(method="lora", learning_rate=1.0)
+    comparison = suites.parse({**shared, "seeds": [0], "contenders": {"any": anyone}}, folder=folder)
+    return {key: getattr(comparison, key) for key in SHARED}
 
 
 def _check_adapter(where: str, adapter: Adapter) -> None:

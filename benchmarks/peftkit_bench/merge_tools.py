@@ -19,8 +19,8 @@ import peftkit
 from peftkit.errors import MergeError, PeftkitError
 from peftkit.quantization import QuantizedLinear
 from peftkit_bench.merge_suite import Route
-from peftkit_bench.merge_yardstick import Batch, Weights, stored_weights
-from peftkit_bench.task import Prepared, SequenceClassification
+from peftkit_bench.merge_yardstick import Weights, stored_weights
+from peftkit_bench.tasks.contract import Batch, Prepared, Task
 
 LEAST = "would be stored"
 """What peftkit's refusal of a merge that keeps too little says, and no other refusal."""
@@ -42,8 +42,8 @@ class Outcome:
 class Bases:
     """The backbone as each tool starts from it, its 16-bit weights the same for all; copies of one that is kept."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
+    def __init__(self, task: Task, prepared: Prepared) -> None:
+        self.task, self.prepared = task, prepared
 
     def plain(self, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         """Weights rounded to bfloat16, in any dtype."""
@@ -59,7 +59,7 @@ class Bases:
 
     @functools.cached_property
     def _plain(self) -> nn.Module:
-        return SequenceClassification().model(self.prepared).to(torch.bfloat16)
+        return self.task.model(self.prepared.folder, self.prepared.facts).to(torch.bfloat16)
 
     @functools.cached_property
     def _four_bit(self) -> nn.Module:
@@ -75,7 +75,7 @@ class Bases:
     def _loaded(self, **settings: Any) -> nn.Module:
         made: nn.Module = AutoModelForSequenceClassification.from_pretrained(
             self.prepared.folder,
-            num_labels=len(self.prepared.classes),
+            num_labels=len(self.prepared.facts["classes"]),
             dtype=torch.bfloat16,
             quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=["classifier"], **settings),
         )

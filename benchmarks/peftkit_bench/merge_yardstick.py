@@ -20,8 +20,8 @@ import peftkit
 from peftkit.quantization import QuantizedLinear
 from peftkit.swap import CHILD
 from peftkit.wrap import record_of, sites_of
+from peftkit_bench.tasks.contract import Batch
 
-Batch = dict[str, Tensor]
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 """Weight (out, in) and bias (out,) by path of the module, float64."""
 

@@ -19,12 +19,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import peftkit
-from peftkit_bench import engine, record, report, subjects
-from peftkit_bench.engine import BenchError, Job
+from peftkit.errors import PeftkitError
+from peftkit_bench import cells as comparisons
+from peftkit_bench import record, report, subjects
+from peftkit_bench.cell import quiet
+from peftkit_bench.cell import train as fit
+from peftkit_bench.engine import BenchError, duration
 from peftkit_bench.merge_suite import Adapter, MergeSuite, load
 from peftkit_bench.merge_tools import Bases, merged
 from peftkit_bench.merge_yardstick import (
-    Batch,
     Kept,
     Reference,
     bytes_per_weight,
@@ -32,15 +35,17 @@ from peftkit_bench.merge_yardstick import (
     run_as_it_is,
     stored_weights,
 )
+from peftkit_bench.preparing import prepare
 from peftkit_bench.record import MergeRecord, RecordError, digest
-from peftkit_bench.spec import SuiteError
-from peftkit_bench.task import Prepared, SequenceClassification, Split
+from peftkit_bench.spec import Resolved, SuiteError
+from peftkit_bench.strict import require
+from peftkit_bench.tasks.contract import Batch, Prepared, Split, Task
 
 ADAPTERS = "adapters"
 """Folder beside the records that keeps what was trained."""
 WEIGHTS = "adapter_model.safetensors"
 BATCH = 32
-DECISIVE = (*engine.DECISIVE, "peft", "bitsandbytes")
+DECISIVE = (*comparisons.DECISIVE, "bitsandbytes")
 """Packages of which another version gives another result, so that merges are run again."""
 
 
@@ -76,15 +81,16 @@ def run(suite_path: Path, out: Path, *, jobs: int = 1, progress: bool = True) ->
         raise BenchError(f"a suite of merges runs one merge at a time, found --jobs {jobs}; leave it out, or give 1")
     console = Console(stderr=True, quiet=not progress)
     with console.status("collecting data ..."):
-        prepared = SequenceClassification().prepare(suite.comparison())
+        prepared = prepared_for(suite)
+        configs = resolved(suite, prepared)
         planned = cells(suite, prepared)
     try:
         finished = {found.key for found in record.read(out)}
         pending = [cell for cell in planned if cell.key not in finished]
         if len(pending) < len(planned):
             console.print(f"{len(planned) - len(pending)} of {len(planned)} merges are recorded already")
-        with record.writer(out) as writer, engine.quiet(), _without_chatter("bitsandbytes"):
-            failures = _run_cells(suite, prepared, pending, out / ADAPTERS, writer, console)
+        with record.writer(out) as writer, quiet(), _without_chatter("bitsandbytes"):
+            failures = _run_cells(suite, prepared, configs, pending, out / ADAPTERS, writer, console)
         if failures:
             raise BenchError(
                 f"{len(failures)} of {len(planned)} merges could not be measured, the records of the others are in "
@@ -110,12 +116,12 @@ def _without_chatter(name: str) -> Iterator[None]:
 def dry_run(suite_path: Path) -> str:
     """What a run would do: adapters with their sizes and parameters, and routes."""
     suite = load(suite_path)
-    prepared = SequenceClassification().prepare(suite.comparison())
-    trained = {cell.name: cell.resolved for cell in engine.cells(suite.comparison(), prepared)}
+    prepared = prepared_for(suite)
+    configs = resolved(suite, prepared)
     lines = [f"{suite.title}: {len(cells(suite, prepared))} merges"]
     for name, adapter in suite.adapters.items():
         sizes = ", ".join(f"{size:g}" for size in adapter.sizes) or "as trained"
-        lines.append(f"adapter {name}: {trained[name].adapter_parameters:,} parameters; change / weight {sizes}")
+        lines.append(f"adapter {name}: {configs[name].adapter_parameters:,} parameters; change / weight {sizes}")
     for name, route in suite.routes.items():
         with_ = (["calibrated"] if route.calibrated else []) + (
             [f"residual of rank {route.residual_rank}"] if route.residual_rank else []
@@ -124,9 +130,42 @@ def dry_run(suite_path: Path) -> str:
     return "\n".join(lines)
 
 
+def prepared_for(suite: MergeSuite) -> Prepared:
+    """The backbone and the rows that all merges of the suite share.
+
+    Raises:
+        SuiteError: the backbone is not there, or a split has fewer rows than the suite wants of it.
+        DataError: the data cannot be had.
+    """
+    found = prepare(suite.comparison())
+    for key, rows, split in (
+        ("calibration_rows", suite.calibration_rows, "train"),
+        ("judged_rows", suite.judged_rows, "test"),
+    ):
+        there = len(found.splits[split])
+        require(rows <= there, f"{key}: expected 1 to {there}, the rows of the {split} split, found {rows}")
+    return found
+
+
+def resolved(suite: MergeSuite, prepared: Prepared) -> dict[str, Resolved]:
+    """The adapters' whole configs and their counts, by name.
+
+    Raises:
+        SuiteError: one cannot be what the suite says; names it.
+    """
+    skeleton = suite.task.skeleton(prepared.folder, prepared.facts)
+    found = {}
+    for name, contender in suite.comparison().contenders.items():
+        try:
+            found[name] = subjects.subject(contender.subject).resolve(skeleton, contender, None)
+        except PeftkitError as error:
+            raise SuiteError(f"adapters, {name}: {error}") from error
+    return found
+
+
 def cells(suite: MergeSuite, prepared: Prepared) -> list[Cell]:
     """Every merge of the suite, adapter by adapter."""
-    known = engine.versions()
+    known = comparisons.versions()
     found = []
     for name, adapter in suite.adapters.items():
         for size in adapter.sizes or (None,):
@@ -153,7 +192,8 @@ def _identity(suite: MergeSuite, adapter: Adapter, prepared: Prepared) -> dict[s
         "scaled": adapter.scaled,
         "training": asdict(suite.training),
         "seed": suite.seed,
-        "data": [prepared.data["hash"], prepared.data["max_tokens"]],
+        "data": prepared.data["hash"],
+        "task": {"name": suite.task.name, **asdict(suite.task)},  # type: ignore[call-overload]  # tasks are dataclasses
         "backbone": prepared.backbone["hash"] or prepared.folder,
     }
 
@@ -162,23 +202,29 @@ def _identity(suite: MergeSuite, adapter: Adapter, prepared: Prepared) -> dict[s
 
 
 def _run_cells(
-    suite: MergeSuite, prepared: Prepared, pending: Sequence[Cell], kept: Path, writer: record.Writer, console: Console
+    suite: MergeSuite,
+    prepared: Prepared,
+    configs: Mapping[str, Resolved],
+    pending: Sequence[Cell],
+    kept: Path,
+    writer: record.Writer,
+    console: Console,
 ) -> list[str]:
     """Runs the merges and records each; returns what went wrong, a paragraph for each that could not be measured."""
     failures: list[str] = []
     if not pending:
         return failures
-    stamp = {**record.environment(), "versions": engine.versions(), "device": "cpu"}
-    bases = Bases(prepared)
-    judged = batches(prepared.evaluated, suite.judged_rows, prepared.padding, suite.judged_rows)[0]
-    shown = batches(prepared.train, suite.calibration_rows, prepared.padding)
+    stamp = {**record.environment(), "versions": comparisons.versions(), "device": "cpu"}
+    bases = Bases(suite.task, prepared)
+    judged = batches(suite.task, prepared.splits["test"], suite.judged_rows, prepared.padding, suite.judged_rows)[0]
+    shown = batches(suite.task, prepared.splits["train"], suite.calibration_rows, prepared.padding)
     start, done = time.monotonic(), 0
     natural: dict[str, float] = {}
     for name, size in dict.fromkeys((cell.adapter, cell.size) for cell in pending):
         trained = kept / f"{digest(_identity(suite, suite.adapters[name], prepared))}"
         if not trained.is_dir():
             console.print(f"training {name}", highlight=False)
-            train(suite, name, prepared, bases, trained)
+            train(suite, name, prepared, configs[name].fields, bases, trained)
         with tempfile.TemporaryDirectory() as scratch:
             references = References(bases, trained, judged, shown)
             if size is not None:
@@ -201,7 +247,7 @@ def _run_cells(
                 left = (time.monotonic() - start) / done * (len(pending) - done)
                 console.print(
                     f"[{done:>3}/{len(pending)}] {name:<8} {found.size:6.2%}  {cell.route:<36} {_line(found)}"
-                    f"   {engine.duration(left)} left",
+                    f"   {duration(left)} left",
                     markup=False, highlight=False, soft_wrap=True,
                 )  # fmt: skip
     return failures
@@ -228,16 +274,15 @@ class References(dict[str, Reference]):
         return self.setdefault(base, made)
 
 
-def train(suite: MergeSuite, name: str, prepared: Prepared, bases: Bases, folder: Path) -> None:
-    """Trains an adapter on the base in NF4, computing in float32, and saves it."""
-    comparison = suite.comparison()
-    cell = next(cell for cell in engine.cells(comparison, prepared) if cell.name == name)
-    threads = torch.get_num_threads()
-    job = Job(suite=comparison, prepared=prepared, cell=cell, environment={}, threads=threads, jobs=1)
+def train(
+    suite: MergeSuite, name: str, prepared: Prepared, fields: Mapping[str, Any], bases: Bases, folder: Path
+) -> None:
+    """Trains an adapter with a method's fields on the base in NF4, computing in float32, and saves it."""
+    adapter = suite.adapters[name]
+    subject = subjects.subject("peftkit")
     torch.manual_seed(suite.seed)
-    subject = subjects.subject(cell.contender.subject)
-    model = subject.attach(bases.native(torch.float32), cell.contender.method, cell.resolved.fields)
-    engine.train(job, model, SequenceClassification().batches(prepared, comparison, suite.seed))
+    model = subject.attach(bases.native(torch.float32), adapter.method, fields)
+    fit(suite.task, subject, model, prepared, suite.training, adapter.learning_rate, seed=suite.seed)
     peftkit.save(model, folder)
 
 
@@ -259,17 +304,12 @@ def scaled(trained: Path, folder: Path, parameter: str, factor: float) -> Path:
     return folder
 
 
-def batches(split: Split, rows: int, padding: int, size: int = BATCH) -> list[Batch]:
+def batches(task: Task, split: Split, rows: int, padding: int, size: int = BATCH) -> list[Batch]:
     """The first rows of a split, without their labels."""
     found = []
     for start in range(0, rows, size):
-        tokens = split.tokens[start : min(start + size, rows)]
-        ids = torch.full((len(tokens), max(map(len, tokens))), padding)
-        mask = torch.zeros_like(ids)
-        for row, each in enumerate(tokens):
-            ids[row, : len(each)] = torch.tensor(each)
-            mask[row, : len(each)] = 1
-        found.append({"input_ids": ids, "attention_mask": mask})
+        batch = task.collate(split.encoded[start : min(start + size, rows)], padding)
+        found.append({name: value for name, value in batch.items() if name != "labels"})
     return found
 
 
@@ -325,7 +365,7 @@ def run_cell(
         certificate=certificate,
         merge_seconds=round(outcome.seconds, 3),
         training=asdict(suite.training),
-        data=prepared.data,
+        data={**prepared.data, "max_tokens": suite.task.max_tokens},
         backbone=prepared.backbone,
         threads=torch.get_num_threads(),
         environment=stamp,
