@@ -8,7 +8,6 @@ weights, on the inputs of each layer, and on the logits, against the adapter lef
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
 import statistics
@@ -28,7 +27,9 @@ from peftkit.requantization import gram_of, requantized
 from peftkit.wrap import adapters_of
 from peftkit_bench import suite as suites
 from peftkit_bench import timing
-from peftkit_bench.task import Prepared, SequenceClassification, Split
+from peftkit_bench.preparing import prepare
+from peftkit_bench.tasks.batching import training_order
+from peftkit_bench.tasks.contract import Batch, Prepared, Task
 
 TARGETS = ("query", "value", "dense")
 SIZES = (0.02, 0.03, 0.05)
@@ -129,7 +130,7 @@ ROUTES = (
 class Trained:
     """A model whose projections lie on NF4's grid, and an adapter trained on it."""
 
-    task: SequenceClassification
+    task: Task
     prepared: Prepared
     model: nn.Module
     """With the trained head; its projections are overwritten by each route."""
@@ -140,10 +141,9 @@ class Trained:
 
 def trained(suite: suites.Suite, steps: int = 100, rate: float = 3e-3) -> Trained:
     """The adapter that everything is measured on; about half a minute on two cores."""
-    task = SequenceClassification()
-    prepared = task.prepare(suite)
+    task, prepared = suite.task, prepare(suite)
     torch.manual_seed(0)
-    model = task.model(prepared)
+    model = task.model(prepared.folder, prepared.facts)
     starts = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layer." in name and name.rpartition(".")[2] in TARGETS:
@@ -155,11 +155,11 @@ def trained(suite: suites.Suite, steps: int = 100, rate: float = 3e-3) -> Traine
     rest = [p for n, p in model.named_parameters() if p.requires_grad and "lora" in n]
     rates = (rate, suite.training.head_learning_rate)
     optimizer = torch.optim.AdamW([{"params": rest}, {"params": head}], weight_decay=0.0)
-    longer = dataclasses.replace(suite, training=dataclasses.replace(suite.training, steps=steps))
-    for step, batch in enumerate(task.batches(prepared, longer, 0)):
+    split = prepared.splits["train"]
+    for step, chosen in enumerate(training_order(split, size=suite.training.batch_size, batches=steps, seed=0)):
         for group, peak in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = peak * (1 - step / steps)
-        task.loss(model, batch).backward()
+        task.loss(model, task.collate([split.encoded[i] for i in chosen], prepared.padding)).backward()
         optimizer.step()
         optimizer.zero_grad()
     adapters: dict[str, Any] = {n: a for n, a in adapters_of(model, "default") if n in starts}
@@ -169,9 +169,11 @@ def trained(suite: suites.Suite, steps: int = 100, rate: float = 3e-3) -> Traine
     return Trained(task, prepared, plain, starts, changes, downs)
 
 
-def _batches(found: Trained, split: Split, rows: int) -> Iterator[dict[str, Tensor]]:
+def _batches(found: Trained, split: str, rows: int) -> Iterator[Batch]:
+    encoded = found.prepared.splits[split].encoded
     for first in range(0, rows, 64):
-        yield found.task._batch(found.prepared, split, range(first, min(first + 64, rows)))
+        batch = found.task.collate(encoded[first : min(first + 64, rows)], found.prepared.padding)
+        yield {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _write(found: Trained, weights: dict[str, Tensor]) -> None:
@@ -182,12 +184,11 @@ def _write(found: Trained, weights: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def _logits(found: Trained, weights: dict[str, Tensor], rows: int) -> Tensor:
     _write(found, weights)
-    inputs = ({k: v for k, v in b.items() if k != "labels"} for b in _batches(found, found.prepared.evaluated, rows))
-    return torch.cat([found.model(**batch).logits for batch in inputs])
+    return torch.cat([found.model(**batch).logits for batch in _batches(found, "test", rows)])
 
 
 @torch.no_grad()
-def _grams(found: Trained, split: Split, rows: int) -> dict[str, Tensor]:
+def _grams(found: Trained, split: str, rows: int) -> dict[str, Tensor]:
     """Gram matrices of every target's inputs, padding left out; the weights are those that were written last."""
     grams: dict[str, Tensor] = {}
     mask = torch.empty(0)
@@ -202,7 +203,7 @@ def _grams(found: Trained, split: Split, rows: int) -> dict[str, Tensor]:
     try:
         for batch in _batches(found, split, rows):
             mask = batch["attention_mask"].bool()
-            found.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            found.model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -224,11 +225,11 @@ def study(found: Trained, size: float, rows: int = 1200) -> Iterator[Merged]:
     weights = {name: dequantize_blockwise(start) for name, start in found.starts.items()}
     mean = statistics.fmean(float(found.changes[n].norm() / weights[n].norm()) for n in weights)
     changes = {name: change * (size / mean) for name, change in found.changes.items()}
-    labels = torch.tensor(found.prepared.evaluated.labels[:rows])
+    labels = torch.tensor([row["label"] for row in found.prepared.splits["test"].encoded[:rows]])
     without = _logits(found, weights, rows)
     unmerged = _logits(found, {n: weights[n] + changes[n] for n in weights}, rows)
-    many, few = (_grams(found, found.prepared.train, count) for count in (ROWS, FEW))
-    unseen = _grams(found, found.prepared.evaluated, ROWS)
+    many, few = (_grams(found, "train", count) for count in (ROWS, FEW))
+    unseen = _grams(found, "test", ROWS)
     layers = {
         n: Layer(start, weights[n], changes[n], found.downs[n], {"many": many[n], "few": few[n], "unseen": unseen[n]})
         for n, start in found.starts.items()
@@ -339,7 +340,10 @@ def main() -> None:
             sys.stdout.flush()
 
     if "study" in options.what:
-        found = trained(suites.load(options.suite))
+        parts = suites.load(options.suite)
+        if len(parts) != 1:
+            parser.error(f"--suite {options.suite}: expected a suite of one part, found {len(parts)}")
+        found = trained(parts[0])
         for size in options.sizes:
             keep(study(found, size))
     if "cost" in options.what:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from peftkit_bench.data import docstring_origin
+from peftkit_bench.data.docstrings import docstring_origin
 
 import peftkit
 from peftkit.errors import PeftkitError
@@ -63,18 +63,18 @@ def main() -> None:
     shutil.rmtree(given.out, ignore_errors=True)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder())
-    texts = docstring_origin(ORIGINS, train=1600, validation=400, test=400)
+    texts = docstring_origin(ORIGINS, {"train": 1600, "tune": 200, "stop": 200, "test": 400})
 
     def encoded(examples: Any) -> list[dict[str, Any]]:
-        found = tokenizer([e.text for e in examples], truncation=True, max_length=48)
+        found = tokenizer([e.fields["text"] for e in examples], truncation=True, max_length=48)
         return [
-            {"input_ids": ids, "attention_mask": mask, "labels": e.label}
+            {"input_ids": ids, "attention_mask": mask, "labels": ORIGINS.index(e.fields["label"])}
             for ids, mask, e in zip(found["input_ids"], found["attention_mask"], examples, strict=True)
         ]
 
     collate = transformers.DataCollatorWithPadding(tokenizer)
     chance = random.Random(0)
-    train, unseen = encoded(texts.train), chance.sample(encoded(texts.test), given.texts)
+    train, unseen = encoded(texts.splits["train"]), chance.sample(encoded(texts.splits["test"]), given.texts)
 
     heading("QLoRA: the base in NF4, a LoRA beside it")
     original = base_model()
