@@ -4,10 +4,14 @@ import math
 
 import numpy as np
 import pytest
+from peftkit_bench.metrics import METRICS
+from peftkit_bench.resampling import permutation_test
 from peftkit_bench.statistics import (
+    MCNEMAR,
+    PERMUTATION,
+    T_TEST,
     RunVariance,
     compare_all,
-    correct_table,
     difference_variance,
     estimate,
     holm,
@@ -15,25 +19,40 @@ from peftkit_bench.statistics import (
     pareto,
     run_variance,
 )
+from peftkit_bench.tables import table as table_of
 from scipy import stats
 
 
-def test_correct_table_compares_each_prediction_with_its_label() -> None:
-    assert correct_table([[0, 1, 2], [2, 1, 0]], [0, 1, 1]).tolist() == [[1, 1, 0], [0, 1, 0]]
-
-
 def test_estimate_matches_a_case_worked_by_hand() -> None:
-    # Seed means 0.75 and 0.25: variance 0.125, over 2 seeds 0.0625. Example means 1, 0.5, 0.5, 0: variance 1/6, over 4
-    # examples 1/24. V = 5/48; df = V² / (0.0625² / 1 + (1/24)² / 3).
+    # Seed means 0.75 and 0.25: variance 0.125, over 2 seeds 1/16. Example means 1, 0.5, 0.5, 0: variance 1/6, over 4
+    # examples 1/24. Without both, a quarter is left in each of the 8 cells, of either sign: squares 1/2, over 1 · 3
+    # degrees 1/6, over 8 cells 1/48. V = 1/16 + 1/24 - 1/48 = 1/12; df = V² / ((1/16)² / 1 + (1/24)² / 3).
     table = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0]])
     found = estimate(table)
-    variance = 1 / 16 + 1 / 24
-    degrees = variance**2 / (1 / 16**2 + (1 / 24) ** 2 / 3)
+    degrees = (1 / 12) ** 2 / (1 / 16**2 + (1 / 24) ** 2 / 3)
     assert found.mean == 0.5
-    assert found.standard_error == pytest.approx(math.sqrt(variance))
+    assert found.interaction == pytest.approx(1 / 6)
+    assert found.standard_error == pytest.approx(math.sqrt(1 / 12))
     assert found.degrees == pytest.approx(degrees)
-    assert found.half_width == pytest.approx(stats.t.ppf(0.975, degrees) * math.sqrt(variance))
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, degrees) * math.sqrt(1 / 12))
     assert (found.seeds, found.examples, found.groups) == (2, 4, 4)
+    assert (found.from_runs, found.from_groups, found.runs_degrees) == (pytest.approx(1 / 16), pytest.approx(1 / 24), 1)
+
+
+def test_estimate_is_never_narrower_than_runs_alone_or_examples_alone() -> None:
+    # Every example is right in one of two runs: means of runs and of examples are all 0.5, so that what is left, of
+    # which each part must hold its share, is all there is.
+    table = np.array([[1.0, 0, 1, 0], [0, 1, 0, 1]])
+    runs = RunVariance(variance=0.02, degrees=8)
+    assert estimate(table, runs=runs).standard_error == pytest.approx(math.sqrt(0.02 / 2))
+    assert estimate(table, runs=runs).degrees >= 3
+
+
+def test_degrees_of_freedom_are_not_below_the_smaller_part() -> None:
+    rng = np.random.default_rng(12)
+    for _ in range(200):
+        found = estimate(rng.integers(0, 2, (3, 6)).astype(float))
+        assert found.degrees >= 2 - 1e-9
 
 
 def test_estimate_of_one_seed_is_the_t_interval_over_examples() -> None:
@@ -121,9 +140,10 @@ def test_difference_variance_leaves_out_what_a_seed_does_to_all() -> None:
 
 def test_estimate_uses_the_pooled_variance_that_it_is_given() -> None:
     table = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0]])
-    found = estimate(table, runs=RunVariance(variance=0.02, degrees=8))
-    assert found.standard_error == pytest.approx(math.sqrt(0.02 / 2 + 1 / 24))
-    assert found.degrees == pytest.approx((0.01 + 1 / 24) ** 2 / (0.01**2 / 8 + (1 / 24) ** 2 / 3))
+    found = estimate(table, runs=RunVariance(variance=0.06, degrees=8))
+    variance = 0.06 / 2 + 1 / 24 - 1 / 48
+    assert found.standard_error == pytest.approx(math.sqrt(variance))
+    assert found.degrees == pytest.approx(variance**2 / (0.03**2 / 8 + (1 / 24) ** 2 / 3))
 
 
 def test_intervals_of_differences_hold_together_and_agree_with_the_verdicts() -> None:
@@ -139,6 +159,42 @@ def test_intervals_of_differences_hold_together_and_agree_with_the_verdicts() ->
     for each in found:
         if not each.significant():
             assert each.difference.low <= 0 <= each.difference.high
+
+
+def test_one_seed_is_decided_by_mcnemar_where_all_is_right_or_wrong() -> None:
+    rng = np.random.default_rng(8)
+    tables = {"a": (rng.random((1, 200)) < 0.9).astype(float), "b": (rng.random((1, 200)) < 0.7).astype(float)}
+    (found,) = compare_all(tables)
+    only_a = int(((tables["a"] == 1) & (tables["b"] == 0)).sum())
+    only_b = int(((tables["a"] == 0) & (tables["b"] == 1)).sum())
+    assert (found.test, found.these_runs_only) == (MCNEMAR, True)
+    assert found.p == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue)
+    assert compare_all(tables, list(range(200)))[0].test == MCNEMAR
+
+
+def test_one_seed_is_decided_by_permutation_with_groups_or_other_metrics() -> None:
+    rng = np.random.default_rng(9)
+    right = {name: (rng.random((1, 200)) < share).astype(float) for name, share in (("a", 0.9), ("b", 0.7))}
+    groups = [i // 4 for i in range(200)]
+    assert [c.test for c in compare_all(right, groups)] == [PERMUTATION]
+    metric = METRICS["perplexity"]
+    counts = {name: np.stack([rng.gamma(4, 10 * s, (1, 200)), np.full((1, 200), 20.0)], -1) for name, s in
+              (("low", 1.0), ("high", 1.4))}  # fmt: skip
+    (found,) = compare_all({n: table_of(metric, c) for n, c in counts.items()}, metric=metric, counts=counts)
+    assert found.test == PERMUTATION
+    assert found.p == permutation_test(metric, counts["low"], counts["high"]).p < 0.01
+    assert compare_all({n: rng.random((3, 50)) for n in "ab"})[0].test == T_TEST
+
+
+def test_where_lower_is_better_the_lower_stands_first_and_wins() -> None:
+    rng = np.random.default_rng(10)
+    tables = {name: rng.normal(level, 0.1, (3, 100)) for name, level in (("high", 9.0), ("low", 8.0))}
+    (found,) = compare_all(tables, metric=METRICS["perplexity"])
+    assert (found.first, found.second, found.winner()) == ("low", "high", "low")
+    assert found.difference.mean < 0
+    (found,) = compare_all(tables)
+    assert (found.first, found.winner()) == ("high", "high")
+    assert compare_all({"a": tables["low"], "b": tables["low"]})[0].winner() is None
 
 
 def simulate(rng: np.random.Generator, seeds: int, groups: np.ndarray, between: float) -> np.ndarray:

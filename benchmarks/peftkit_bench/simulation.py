@@ -23,7 +23,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,10 @@ EXPECTED: dict[str, Callable[[Numbers, Numbers], list[Any]]] = {
 """Expected counts, given Φ's argument for a random example, and a + u."""
 
 
-def coverage(model: Model, rounds: int, way: str = "jackknife", seed: int = 0) -> dict[str, float]:
-    """How often the 95 % intervals of a score and of a difference hold the truth: shares of the rounds.
+def coverage(
+    model: Model, rounds: int, ways: Sequence[str] = ("jackknife",), seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """How often the 95 % intervals of a score and of a difference hold the truth: shares of the rounds by way.
 
     With several seeds the truth is the method's. With one it is the run's own; "score of the method" is then how often
     the same interval holds the method's, for which it was not made.
@@ -145,21 +148,20 @@ def coverage(model: Model, rounds: int, way: str = "jackknife", seed: int = 0) -
     metric = METRICS[model.metric]
     score = model.truth(model.skills[0])
     apart = score - model.truth(model.skills[1])
-    hits = {"score": 0, "difference": 0, "score of the method": 0, "difference of the methods": 0}
+    hits: dict[str, Counter[str]] = {way: Counter() for way in ways}
     for _ in range(rounds):
         counts, runs = model.draw(rng)
-        tables = [TABLES[way](metric, each) for each in counts]
-        one = estimate(tables[0], model.groups, run_variance(tables))
-        two, _ = paired_test(tables[0], tables[1], model.groups, difference_variance(tables))
-        hits["score of the method"] += one.low <= score <= one.high
-        hits["difference of the methods"] += two.low <= apart <= two.high
-        if model.seeds == 1:
-            own = [float(model.truth(a, u)[0]) for a, u in zip(model.skills[:2], runs[:2], strict=True)]
-            hits["score"] += one.low <= own[0] <= one.high
-            hits["difference"] += two.low <= own[0] - own[1] <= two.high
-    if model.seeds > 1:
-        hits["score"], hits["difference"] = hits["score of the method"], hits["difference of the methods"]
-    return {name: count / rounds for name, count in hits.items()}
+        own = [float(model.truth(a, u).mean()) for a, u in zip(model.skills[:2], runs[:2], strict=True)]
+        for way in ways:
+            tables = [TABLES[way](metric, each) for each in counts]
+            one = estimate(tables[0], model.groups, run_variance(tables))
+            two, _ = paired_test(tables[0], tables[1], model.groups, difference_variance(tables))
+            held = {"score": one.low <= score <= one.high, "difference": two.low <= apart <= two.high}
+            if model.seeds == 1:
+                held = {f"{name} of the method": value for name, value in held.items()}
+                held |= {"score": one.low <= own[0] <= one.high, "difference": two.low <= own[0] - own[1] <= two.high}
+            hits[way] += Counter({name: int(value) for name, value in held.items()})
+    return {way: {name: found[name] / rounds for name in sorted(found)} for way, found in hits.items()}
 
 
 def bootstrap_coverage(model: Model, rounds: int, corrected: bool, draws: int = 999, seed: int = 0) -> dict[str, float]:
@@ -258,20 +260,23 @@ def everything(scale: float = 1.0) -> Iterator[dict[str, Any]]:
         for seeds in (1, 3, 5):
             for examples, size in ((200, 1), (200, 4), (1000, 1), (1000, 4)):
                 model = Model(metric=metric, seeds=seeds, examples=examples, group_size=size)
-                number = rounds(1000 if examples == 200 else 500)
-                for way in TABLES if metric != "accuracy" and examples == 200 else ["jackknife"]:
-                    yield row("coverage", model, number, coverage(model, number, way), way=way)
+                number = rounds(600 if examples == 200 else 400)
+                ways = ("jackknife",) if metric == "accuracy" else tuple(TABLES)
+                for way, found in coverage(model, number, ways).items():
+                    yield row("coverage", model, number, found, way=way)
         for seeds in (1, 3):
             model = Model(metric=metric, seeds=seeds, examples=200, skills=(SKILL, SKILL))
             for corrected in (False, True):
-                number = rounds(400)
+                number = rounds(300)
                 found = bootstrap_coverage(model, number, corrected)
                 yield row("coverage", model, number, found, way="bootstrap BCa" if corrected else "bootstrap")
+    few = Model(metric="accuracy", seeds=3, examples=200, group_size=20)
+    yield row("coverage", few, rounds(600), coverage(few, rounds(600))["jackknife"], way="jackknife")
     for rule, seeds, size, run, number in (
-        ("t", 3, 1, RUN, 1000), ("t", 5, 1, RUN, 1000), ("t", 3, 4, RUN, 1000), ("t", 3, 1, 0.0, 500),
+        ("t", 3, 1, RUN, 600), ("t", 5, 1, RUN, 600), ("t", 3, 4, RUN, 600), ("t", 3, 1, 0.0, 500),
         ("t", 3, 1, 0.2, 500), ("t", 1, 1, 0.0, 500), ("McNemar", 1, 1, 0.0, 1000), ("McNemar", 1, 1, RUN, 1000),
-        ("McNemar", 1, 1, 0.2, 1000), ("permutation", 1, 1, 0.0, 200), ("permutation", 3, 1, RUN, 200),
-        ("permutation", 3, 1, 0.2, 200),
+        ("McNemar", 1, 1, 0.2, 1000), ("permutation", 1, 1, 0.0, 200), ("permutation", 3, 1, RUN, 150),
+        ("permutation", 3, 1, 0.2, 100),
     ):  # fmt: skip
         model = null(seeds, examples=200 if rule == "permutation" else 1000, group_size=size, run=run)
         yield row("any false finding", model, rounds(number), {"share": any_finding(model, rule, rounds(number))},

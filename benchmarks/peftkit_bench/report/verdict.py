@@ -120,8 +120,7 @@ def compare(
 
 def _task(pair: Pair) -> TaskVerdict:
     metric = _metric(pair.first[0])
-    groups = _groups([*pair.first, *pair.second])
-    counts = [_counts(side) for side in (pair.first, pair.second)]
+    counts, groups = _outcomes(pair)
     tables = [table(metric, each) for each in counts]
     beside = [np.array([[r.score] for r in other]) for other in pair.others]
     runs = run_variance([*tables, *beside])
@@ -165,21 +164,18 @@ def _metric(found: Record) -> Metric:
     return METRICS[found.metric]
 
 
-def _counts(side: Sequence[Record]) -> Counts:
-    return np.asarray([each.read_outcomes().counts for each in side], dtype=np.float64)
-
-
-def _groups(records: Sequence[Record]) -> list[int]:
-    """The group of each example, which all records must share."""
-    shared = list(records[0].read_outcomes().groups)
-    for each in records:
-        found = each.read_outcomes()
+def _outcomes(pair: Pair) -> tuple[tuple[Counts, Counts], list[int]]:
+    """The counts of both, (seeds, examples, k), and the group of each example, which all records share."""
+    read = [[(each, each.read_outcomes()) for each in side] for side in (pair.first, pair.second)]
+    known, shared = read[0][0][0], list(read[0][0][1].groups)
+    for each, found in (*read[0], *read[1]):
         if list(found.groups) != shared or len(found.counts) != len(shared):
             raise CompareError(
-                f"the predictions of {each.contender}, seed {each.seed}, and of {records[0].contender}, seed "
-                f"{records[0].seed}, are of other examples although their data have one hash; run one of them again"
+                f"the predictions of {each.contender}, seed {each.seed}, and of {known.contender}, seed {known.seed}, "
+                "are of other examples although their data have one hash; run one of them again"
             )
-    return shared
+    first, second = (np.asarray([found.counts for _, found in side], dtype=np.float64) for side in read)
+    return (first, second), shared
 
 
 def _each_run(metric: Metric, pair: Pair, counts: Sequence[Counts]) -> tuple[tuple[int, McNemar], ...]:
