@@ -1,0 +1,281 @@
+"""What a cell is predicted to take before anything runs: memory and time, by a traced step and the machine's speed."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.quantize import quantizable
+from peftkit_bench import measure, tracing
+from peftkit_bench.spec import Contender, Resolved, Subject
+from peftkit_bench.tasks.batching import length, training_order
+from peftkit_bench.tasks.contract import Prepared, Split, Task
+from peftkit_bench.tracing import Pass, Step, Work
+
+TOGETHER = 128
+"""Rows that tasks predict at a time."""
+TOUCHED_BYTES = 40_000_000
+"""Code and buffers of libraries that a process on a CPU comes to hold when it first computes."""
+HEAP = 1.6
+"""What a process on a CPU holds for each byte of temporary tensors: glibc keeps holes between what is alive. Measured
+1.4 to 1.9 over methods and models."""
+CUBLAS_BYTES = 64_000_000
+"""Workspaces of CUDA's matrix products."""
+START_SECONDS = 4.0
+"""A process, its model loaded and adapted, the adapter saved, and what else a cell measures."""
+BITS = {"4": 4.5, "8": 8.0}
+"""Bits a weight, with its share of a scale, by the digit in a quantization's name."""
+HIDDEN_COPIES = 20
+"""Activations that a layer keeps for its backward pass, as multiples of its output; for rough forecasts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one cell is predicted to take."""
+
+    peak_bytes: int
+    """As `measure.PeakMemory` takes it: over what the process holds before the backbone is loaded."""
+    steady_bytes: int
+    """Between two steps, over the same floor: weights, the optimizer's state, and a copy of the best weights so far."""
+    seconds: float
+    """The whole cell, with nothing else running on the machine."""
+    approximate: bool = False
+    """True: the model could not be traced without its data, so that the numbers come from its sizes alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a machine achieves."""
+
+    device: str
+    """Type of the device: "cpu" or "cuda"."""
+    flops_per_second: Mapping[torch.dtype, float]
+    """In products of matrices of usual sizes, by dtype."""
+    bytes_per_second: float
+    """Read and written by operations on elements whose results are kept."""
+    operation_seconds: float
+    """The least time that one operation takes."""
+
+    def seconds(self, work: Counter[Work], scale: float = 1.0) -> float:
+        """The time of operations, one after another, with the sizes of all of them scaled."""
+        slowest = min(self.flops_per_second.values())
+        return sum(
+            count
+            * max(
+                self.operation_seconds,
+                scale * each.flops / self.flops_per_second.get(each.dtype, slowest),
+                scale * each.bytes / self.bytes_per_second,
+            )
+            for each, count in work.items()
+        )
+
+
+def machine_speed(threads: int | None = None) -> Speed:
+    """What this machine achieves on its first GPU, or on its CPU; measured in about a second.
+
+    Args:
+        threads: that a cell gets on a CPU; None: as many as torch uses now.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with torch.no_grad():
+            return Speed(
+                device=device.type,
+                flops_per_second={dtype: _products(device, dtype) for dtype in (torch.float32, torch.bfloat16)},
+                bytes_per_second=_elements(device),
+                operation_seconds=_small(device),
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    return measure.median_seconds(call, repeats=5, warmup=1)
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> float:
+    rows, width, inner = (1024, 512, 2048) if device.type == "cpu" else (4096, 2048, 8192)
+    x = torch.ones(rows, width, dtype=dtype, device=device)
+    up, down = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((inner, width), (width, inner)))
+    linear = torch.nn.functional.linear
+    return 4 * rows * width * inner / _seconds(lambda: linear(linear(x, up), down))
+
+
+def _elements(device: torch.device) -> float:
+    x = torch.ones(1024, 2048 if device.type == "cpu" else 16384, device=device)
+
+    def call() -> list[Tensor]:
+        kept = [x]
+        for _ in range(8):
+            kept += [torch.nn.functional.gelu(kept[-1]), kept[-1] + x]
+        return kept
+
+    return 8 * (2 + 3) * x.numel() * x.element_size() / _seconds(call)
+
+
+def _small(device: torch.device) -> float:
+    x = torch.ones(4, device=device, requires_grad=True)
+
+    def call() -> None:
+        with torch.enable_grad():
+            for _ in range(200):
+                x.add(1.0)
+
+    return _seconds(call) / 200
+
+
+def forecast(
+    task: Task,
+    prepared: Prepared,
+    subject: Subject,
+    contender: Contender,
+    resolved: Resolved,
+    *,
+    batch_size: int,
+    steps: int,
+    evaluations: int,
+    evaluated_rows: Mapping[str, int],
+    speed: Speed,
+    precision: str = "float32",
+) -> Forecast:
+    """Memory and time of one cell; no weight is allocated.
+
+    One training step and one evaluation are traced on tensors without data: what is alive after each operation, what
+    the operations compute and move. Memory is that of the longest batch, time that of the mean one.
+
+    Args:
+        batch_size: rows of one forward pass in training.
+        steps: forward passes with a backward pass.
+        evaluations: times that the stop split is predicted during training.
+        evaluated_rows: rows by split; of tune and test the larger one is predicted once.
+        speed: of the machine that is to run it, see `machine_speed`.
+        precision: of the arithmetic, "float32" or "bfloat16".
+    """
+    order = training_order(prepared.splits["train"], size=batch_size, batches=steps, seed=0)
+    train = prepared.splits["train"]
+    longest, mean = max(order, key=lambda rows: _padded(train, rows)), statistics.mean(_padded(train, r) for r in order)
+    evaluated = _evaluated_tokens(prepared, evaluations, evaluated_rows)
+    widest = max((_last(prepared.splits[name]) for name in evaluated), key=lambda found: _padded(*found))
+    device = torch.device(speed.device)
+    sizes = _Sizes(
+        longest=_padded(train, longest), mean=mean, steps=steps, widest=_padded(*widest),
+        evaluated=sum(evaluated.values()), best=evaluations > 1,
+    )  # fmt: skip
+    batch = task.collate([train.encoded[i] for i in longest], prepared.padding)
+    wide = task.collate([widest[0].encoded[i] for i in widest[1]], prepared.padding)
+    for quantized in (True, False) if contender.quantization else (False,):
+        model = task.skeleton(prepared.folder, prepared.facts)
+        saved = 0 if quantized else _saved_bytes(model, contender.quantization)
+        # Whatever a model, a method or another package cannot do without data: the next way is a rougher one.
+        try:
+            if quantized:
+                assert contender.quantization is not None
+                model = subject.quantize(model, contender.quantization)
+            model = subject.attach(model, contender.method, resolved.fields)
+            found = tracing.traced(task, subject, model, batch, wide, device=device, precision=precision)
+        except Exception:
+            continue
+        return _traced(*found, sizes, speed, saved)
+    return _rough(task.skeleton(prepared.folder, prepared.facts), contender, resolved, sizes, speed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Tokens of the batches, padding included."""
+
+    longest: float
+    mean: float
+    steps: int
+    widest: float
+    evaluated: float
+    """In all evaluations together."""
+    best: bool
+    """Whether the best weights so far are kept during training."""
+
+
+def _padded(split: Split, rows: Sequence[int]) -> int:
+    return len(rows) * max(length(split.encoded[i]) for i in rows)
+
+
+def _chunks(split: Split) -> list[list[int]]:
+    """Rows as tasks predict them: those of similar lengths together."""
+    order = sorted(range(len(split)), key=lambda i: length(split.encoded[i]))
+    return [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
+
+
+def _last(split: Split) -> tuple[Split, list[int]]:
+    return split, max(_chunks(split), key=lambda rows: _padded(split, rows))
+
+
+def _evaluated_tokens(prepared: Prepared, evaluations: int, rows: Mapping[str, int]) -> dict[str, float]:
+    """Tokens that are predicted in a whole cell, by split."""
+    times = {"stop": float(evaluations), "general": 2.0}
+    ending = max((name for name in ("tune", "test") if name in rows), key=lambda name: rows[name], default=None)
+    if ending is not None:
+        times[ending] = 1.0
+    found = {}
+    for name, count in times.items():
+        split = prepared.splits.get(name)
+        if split is not None and rows.get(name):
+            tokens = sum(_padded(split, chunk) for chunk in _chunks(split))
+            found[name] = count * tokens * rows[name] / len(split)
+    return found
+
+
+def _saved_bytes(model: nn.Module, quantization: str | None) -> int:
+    """Bytes less than in float32 that the projections take when they are stored in so many bits."""
+    digit = re.search(r"[48]", quantization or "")
+    if digit is None:
+        return 0
+    weights: list[Any] = [module.weight for module in quantizable(model).values()]
+    return sum(int(weight.numel() * (4 - BITS[digit[0]] / 8)) for weight in weights)
+
+
+def _traced(step: Step, evaluation: Pass, sizes: _Sizes, speed: Speed, saved: int) -> Forecast:
+    held = step.weights_bytes + step.state_bytes - saved
+    passing = max(step.peak_bytes, evaluation.peak_bytes + step.state_bytes) - saved - held
+    seconds = (
+        START_SECONDS
+        + sizes.steps * (speed.seconds(step.passes, sizes.mean / sizes.longest) + speed.seconds(step.update))
+        + speed.seconds(evaluation.work) * sizes.evaluated / sizes.widest
+    )
+    return _forecast(held, passing, step.trained_bytes * sizes.best, seconds, speed)
+
+
+def _forecast(held: float, passing: float, best: float, seconds: float, speed: Speed, **facts: bool) -> Forecast:
+    """Args: held, passing, best: bytes alive between steps, besides within a step, in a copy of the best weights."""
+    on_cpu = speed.device == "cpu"
+    fixed = TOUCHED_BYTES if on_cpu else CUBLAS_BYTES
+    return Forecast(
+        peak_bytes=round(held + best + passing * (HEAP if on_cpu else 1.0) + fixed),
+        steady_bytes=round(held + best + fixed),
+        seconds=seconds,
+        **facts,
+    )
+
+
+def _rough(model: nn.Module, contender: Contender, resolved: Resolved, sizes: _Sizes, speed: Speed) -> Forecast:
+    """From the numbers of parameters, layers and hidden features alone, where the model cannot be traced."""
+    config: Any = model.config
+    config = config.get_text_config()
+    trained = 4 * (resolved.adapter_parameters + resolved.head_parameters)
+    held = 4 * resolved.total_parameters - _saved_bytes(model, contender.quantization) + 2 * trained
+    kept = 4 * HIDDEN_COPIES * config.hidden_size * config.num_hidden_layers
+    embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    flops = 2 * (resolved.total_parameters - sum(embeddings.values()))
+    ways = 3 if resolved.adapter_parameters > resolved.total_parameters / 2 else 2
+    rate = speed.flops_per_second[torch.float32]
+    tokens = ways * sizes.steps * sizes.mean + sizes.evaluated
+    moved = tokens * kept / speed.bytes_per_second
+    seconds = START_SECONDS + tokens * flops / rate + moved
+    passing = sizes.longest * kept + trained
+    return _forecast(held, passing, trained * sizes.best, seconds, speed, approximate=True)
