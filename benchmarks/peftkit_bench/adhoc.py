@@ -110,7 +110,7 @@ def _data(data: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
         raise SuiteError(f"--data: {first!r} is no file; several are given only where they are files")
     if first in SOURCES and first not in ("files", "hub"):
         raise SuiteError(f"--data: {first} has sizes to set; write a suite file, see benchmarks/suites/quick.yaml")
-    return {"source": "hub", "name": first, **mapped}
+    return {"source": "hub", "path": first, **mapped}
 
 
 def _contender(text: str, quantization: str | None) -> tuple[str, dict[str, Any]]:
