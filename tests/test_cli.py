@@ -218,8 +218,9 @@ def engine(monkeypatch):
     """A recording stand-in for the engine, so that only the command line is tested here."""
     calls = []
     fake = types.SimpleNamespace(
-        run=lambda path, out, *, jobs=1, progress=True: calls.append((path, out, jobs, progress)) or out,
-        dry_run=lambda path: f"would run {path.name}",
+        run=lambda path, out, *, jobs=0, progress=True, ray=None: calls.append((path, out, jobs, progress, ray)) or out,
+        text=lambda path: f"would run {path.name}",
+        suite=lambda **options: types.SimpleNamespace(name="mine", options=options),
         write=lambda folders, out: calls.append((folders, out)) or out,
         runner=lambda path: "engine",
     )
@@ -232,8 +233,74 @@ def test_bench_run_hands_the_suite_to_the_engine(command, engine, tmp_path):
     suite.write_text("name: mine\n")
     code, out, _ = command("bench", "run", str(suite), "--out", str(tmp_path / "r"), "--jobs", "2", "--quiet")
     assert code == 0
-    assert engine == [(suite, tmp_path / "r", 2, False)]
+    assert engine == [(suite, tmp_path / "r", 2, False, None)]
     assert str(tmp_path / "r") in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [(["--ray"], "auto"), (["--ray", "--quiet"], "auto"), (["--ray", "10.0.0.1:6379"], "10.0.0.1:6379"), ([], None)],
+)
+def test_bench_run_takes_ray_with_and_without_an_address(command, engine, tmp_path, arguments, address):
+    suite = tmp_path / "mine.yaml"
+    suite.write_text("name: mine\n")
+    code, _, _ = command("bench", "run", str(suite), *arguments)
+    assert code == 0
+    assert engine[0][4] == address
+
+
+def test_bench_run_makes_a_suite_of_options(command, engine):
+    code, out, _ = command(
+        "bench", "run", "--model", "some/model", "--data", "train.jsonl", "--data", "test.jsonl", "--task", "token-cls",
+        "--methods", "lora,peft:boft", "--budget", "0.5%,74000", "--seeds", "5", "--learning-rates", "1e-3,1e-4",
+        "--column", "tokens=words",
+    )  # fmt: skip
+    assert code == 0
+    ((suite,), written, *_) = engine[0]
+    assert str(written) == "reports/mine"
+    assert {name: suite.options[name] for name in ("model", "data", "task", "methods", "budgets", "seeds")} == {
+        "model": "some/model", "data": ["train.jsonl", "test.jsonl"], "task": "token-cls",
+        "methods": ["lora", "peft:boft"], "budgets": ["0.5%", "74000"], "seeds": 5,
+    }  # fmt: skip
+    assert suite.options["learning_rates"] == [1e-4, 1e-3]
+    assert suite.options["columns"] == ["tokens=words"]
+    assert "reports/mine" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a suite, such as `peftkit bench run quick`, or --model and --data"),
+        (["quick", "--model", "x"], "give either a suite"),
+        (["quick", "--data", "x.csv"], "--data goes with --model; a suite names its own data"),
+        (["--model", "x", "--learning-rates", "fast"], "--learning-rates: expected numbers by commas"),
+    ],
+)
+def test_bench_run_refuses_what_cannot_be_meant(command, engine, arguments, message):
+    code, _, err = command("bench", "run", *arguments)
+    assert code == 2
+    assert message in err
+    assert engine == []
+
+
+def test_bench_compare_reads_the_folders_it_is_given(command, monkeypatch, tmp_path):
+    seen = []
+    fake = types.SimpleNamespace(
+        text=lambda folders, first, second, *, budget=None: seen.append((folders, first, second, budget)) or "A wins",
+        json_text=lambda folders, first, second, *, budget=None: '{"winner": "A"}',
+    )
+    monkeypatch.setattr(bench, "_bench_module", lambda name: fake)
+    code, out, _ = command("bench", "compare", "A", "B", str(tmp_path), "--budget", "100")
+    assert (code, out.strip(), seen) == (0, "A wins", [([tmp_path], "A", "B", 100)])
+    code, out, _ = command("bench", "compare", "A", "B", str(tmp_path), "--json")
+    assert (code, json.loads(out)) == (0, {"winner": "A"})
+    code, _, err = command("bench", "compare", "A", "B", str(tmp_path / "none"))
+    assert code == 2
+    assert "is not a folder; expected one that `peftkit bench run --out` has written" in err
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("bench", "compare", "A", "B")
+    assert code == 2
+    assert "no records in reports/*; name the folders" in err
 
 
 def test_bench_run_dry_runs_nothing(command, engine, tmp_path):
