@@ -1,76 +1,71 @@
 from __future__ import annotations
 
+import csv
 import dataclasses
 import html.parser
 import re
-from itertools import combinations
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from bench_records import EXAMPLES, GROUPS, LABELS, made_up
+from bench_records import GROUPS, made_up, read_back, searches, standard, tables, whole_suite, write
+from bench_reports import line, undrawn, written
 from peftkit_bench import record, report, statistics
-from peftkit_bench.record import Record, RecordError
-from peftkit_bench.report import findings, plots
+from peftkit_bench.metrics import METRICS
+from peftkit_bench.record import OUTCOMES, RecordError
+from peftkit_bench.report import findings, style
 
 HARD = "Head only"
 
 
-def standard() -> list[Record]:
-    """Two methods that cannot be told apart, a worse one that cannot be merged, and two baselines; three seeds."""
-    found = []
-    for seed in range(3):
-        found += [
-            made_up("LoRA", 0.70 + 0.005 * (seed - 1), 5000, seed),
-            made_up("AdaLoRA", 0.695 + 0.02 * (1 - seed), 4990, seed, final_parameters=3300),
-            made_up("Prefix", 0.50, 4900, seed, merged_latency_seconds=None, merged_logit_difference=None),
-            made_up("(IA)³", 0.60, 900, seed, knob=None),
-            made_up("Full", 0.71, 1_000_000, seed, knob=None, baseline=True),
-            made_up(HARD, 0.30, 0, seed, knob=None, baseline=True),
-        ]
-    return found
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    undrawn(monkeypatch)
 
 
-def written(tmp_path: Path, records: list[Record]) -> tuple[str, str]:
-    """The report on the records: Markdown and HTML."""
-    with record.writer(tmp_path / "in") as writer:
-        for each in records:
-            writer.append(each)
-    page = report.write([tmp_path / "in"], tmp_path / "out")
-    assert page == tmp_path / "out" / "index.html"
-    return (tmp_path / "out" / "report.md").read_text(), page.read_text()
+def right_tables() -> dict[str, Any]:
+    """Of the standard records, 1 where a prediction is right."""
+    return {name: counts[..., 0] for name, counts in tables(standard()).items()}
 
 
-def line(markdown: str, name: str) -> list[str]:
-    """The cells of a method's row in the first table."""
-    found = next(row for row in markdown.splitlines() if row.startswith(f"| {name}"))
-    return [cell.strip() for cell in found.strip("|").split("|")]
-
-
+@pytest.mark.usefixtures("quick")
 def test_table_shows_every_number_as_recorded(tmp_path: Path) -> None:
     markdown, page = written(tmp_path, standard())
-    tables = {
-        name: statistics.correct_table([r.predictions for r in standard() if r.contender == name], LABELS)
-        for name in {r.contender for r in standard()}
-    }
-    lora = statistics.estimate(tables["LoRA"], GROUPS, statistics.run_variance(list(tables.values())))
+    right = right_tables()
+    lora = statistics.estimate(right["LoRA"], GROUPS, statistics.run_variance(list(right.values())))
     accuracy = f"70.0 ± {100 * lora.half_width:.1f}"
     assert line(markdown, "LoRA") == [
-        "LoRA", "5,000", "0.5", accuracy, "13.0", "123", "45", "12.5", "10.1", "10.0", "0.003", "r = 8",
+        "LoRA", "5,000", "0.5", accuracy, "13.0", "123", "67", "45", "12.5", "10.1", "10.0", "1.000", "0.003", "30",
+        "r = 8",
     ]  # fmt: skip
     assert line(markdown, "AdaLoRA")[1] == "4,990 (3,300 kept)"
-    assert line(markdown, "Prefix")[8] == "–"
+    assert line(markdown, "Prefix")[9] == line(markdown, "Prefix")[11] == "–"
     assert line(markdown, "Full (baseline)")[1:3] == ["1,000,000", "100"]
     assert line(markdown, f"{HARD} (baseline)")[1] == "0"
     assert line(markdown, "(IA)³")[-1] == "its own"
-    for text in (accuracy, "4,990 (3,300 kept)", "12.5", "(IA)³"):
+    assert "Forgotten" not in markdown
+    for text in (
+        accuracy,
+        "4,990 (3,300 kept)",
+        "12.5",
+        "(IA)³",
+        "Peak memory",
+        "Steady",
+        '<span class="tag">own size',
+    ):
         assert text in page
 
 
+@pytest.mark.usefixtures("quick")
 def test_words_say_which_differences_are_significant_and_which_are_not(tmp_path: Path) -> None:
     markdown, _ = written(tmp_path, standard())
     assert "Full has the highest mean accuracy, 71.0 ±" in markdown
     assert "It cannot be told apart from LoRA and AdaLoRA." in markdown
     assert re.search(r"Most accuracy for the fewest parameters: LoRA, 70\.0 ± \S+ % with 5,100 trainable", markdown)
+    assert re.search(
+        r"the difference is \+1\.0 points, simultaneous .* so up to \S+ points are not ruled out", markdown
+    )
     assert "cannot be told apart: LoRA and AdaLoRA; significantly worse: (IA)³ and Prefix." in markdown
     assert re.search(
         r"\*\*LoRA\*\* \(70\.0 %\): significantly better than \(IA\)³, Prefix and Head only; cannot be", markdown
@@ -79,92 +74,164 @@ def test_words_say_which_differences_are_significant_and_which_are_not(tmp_path:
     assert "“Cannot be told apart” does not mean equal" in markdown
 
 
+@pytest.mark.usefixtures("quick")
 def test_every_pair_is_listed_with_the_p_value_of_the_paired_test(tmp_path: Path) -> None:
     markdown, _ = written(tmp_path, standard())
-    tables = {
-        name: statistics.correct_table([r.predictions for r in standard() if r.contender == name], LABELS)
-        for name in {r.contender for r in standard()}
-    }
-    found = statistics.compare_all(tables, GROUPS)
+    found = statistics.compare_all(right_tables(), GROUPS)
     assert len(found) == 15
+    with (tmp_path / "out" / "comparisons.csv").open(newline="") as file:
+        listed = {(row["first"], row["second"]): row for row in csv.DictReader(file)}
+    assert len(listed) == 15
     for each in found:
         row = next(r for r in markdown.splitlines() if r.startswith(f"| {each.first} | {each.second} |"))
         verdict = "significant" if each.p_corrected < 0.05 else "not significant"
         assert row.endswith(f"| {each.p:.4f} | {each.p_corrected:.4f} | {verdict} |")
+        line = listed[each.first, each.second]
+        assert float(line["p_corrected"]) == pytest.approx(each.p_corrected)
+        assert float(line["difference"]) == pytest.approx(each.difference.mean)
+        assert line["better"] == (each.first if each.p_corrected < 0.05 else "")
 
 
-def test_front_holds_what_nothing_beats_in_accuracy_and_parameters() -> None:
-    found = findings.findings(standard())
+@pytest.mark.usefixtures("quick")
+def test_results_are_a_line_of_csv_each(tmp_path: Path) -> None:
+    written(tmp_path, standard())
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert next(iter(rows)) == "Full"
+    lora = rows["LoRA"]
+    assert (lora["budget"], lora["at_budget"], lora["knob"], lora["knob_value"]) == ("5000", "True", "r", "8")
+    assert lora["scores"] == "0.695 0.7 0.705"
+    assert lora["seeds"] == "0 1 2"
+    assert float(lora["score"]) == pytest.approx(0.7)
+    assert (lora["peak_bytes"], lora["steady_bytes"]) == ("123000000.0", "67000000.0")
+    assert rows["Prefix"]["merged_latency_seconds"] == rows["(IA)³"]["budget"] == ""
+
+
+def test_front_holds_what_nothing_beats_in_accuracy_and_parameters(tmp_path: Path) -> None:
+    found = findings.findings(read_back(tmp_path, standard()))
     assert found.front == (HARD, "(IA)³", "AdaLoRA", "LoRA", "Full")
 
 
-def test_thriftiest_takes_the_most_accurate_of_those_of_one_size() -> None:
-    found = findings.findings(standard())
-    assert [row.name for row in found.tied_with_best()] == ["Full", "LoRA", "AdaLoRA"]
-    assert found.thriftiest().name == "LoRA"
+def test_thriftiest_takes_the_most_accurate_of_those_of_one_size(tmp_path: Path) -> None:
+    (contest,) = findings.findings(read_back(tmp_path, standard())).contests
+    assert [row.contender for row in contest.tied_with_best()] == ["Full", "LoRA", "AdaLoRA"]
+    assert contest.thriftiest().contender == "LoRA"
 
 
+# Warnings -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
 def test_missing_seeds_are_said_and_tests_use_the_seeds_that_all_have(tmp_path: Path) -> None:
     records = [r for r in standard() if (r.contender, r.seed) != ("LoRA", 2)]
     markdown, page = written(tmp_path, records)
     sentence = "Not all seeds have been run: LoRA lack some of [0, 1, 2]. Tests use the seeds that all have: [0, 1]."
     assert sentence in markdown
     assert sentence in page
-    assert {c.difference.seeds for c in findings.findings(records).comparisons} == {2}
+    (contest,) = findings.findings(read_back(tmp_path / "again", records)).contests
+    assert {c.difference.seeds for c in contest.comparisons} == {2}
 
 
-def test_single_seed_is_said() -> None:
-    found = findings.findings([r for r in standard() if r.seed == 0])
-    assert any(w.startswith("One seed only") for w in found.warnings)
+@pytest.mark.parametrize(("seeds", "warning"), [(1, "One seed only"), (2, "Fewer than 3 seeds"), (3, None)])
+def test_few_seeds_are_said(tmp_path: Path, seeds: int, warning: str | None) -> None:
+    found = findings.findings(read_back(tmp_path, [r for r in standard() if r.seed < seeds]))
+    assert [w.startswith(warning or "") for w in found.warnings] == ([True] if warning else [])
 
 
-def test_records_of_an_older_setting_are_left_out_and_said() -> None:
+def test_one_seed_is_tested_as_that_run_alone(tmp_path: Path) -> None:
+    (contest,) = findings.findings(read_back(tmp_path, [r for r in standard() if r.seed == 0])).contests
+    assert {c.test for c in contest.comparisons} == {"permutation test"}
+
+
+def test_records_of_an_older_setting_are_left_out_and_said(tmp_path: Path) -> None:
     old = made_up("LoRA", 0.2, 77, 0, key="old", variant="old", started="2025-01-01T00:00:00+00:00")
-    found = findings.findings([*standard(), old])
+    fixed = made_up("AdaLoRA", 0.2, 77, 0, key="own", knob=None, started="2025-01-01T00:00:00+00:00")
+    found = findings.findings(read_back(tmp_path, [*standard(), old, fixed]))
     assert found.row("LoRA").parameters == 5000
-    assert any("LoRA was run with other settings before" in w for w in found.warnings)
+    assert [row.contender for row in found.rows].count("AdaLoRA") == 1
+    assert [w for w in found.warnings if "with other settings before" in w] == [
+        f"{name} was run with other settings before; only the newest are shown." for name in ("LoRA", "AdaLoRA")
+    ]
 
 
-def test_records_from_two_machines_are_said() -> None:
+def test_records_from_two_machines_or_from_several_cells_at_a_time_are_said(tmp_path: Path) -> None:
     records = standard()
     records[0] = dataclasses.replace(records[0], environment={**records[0].environment, "processor": "another"})
-    assert any("different machines" in w for w in findings.findings(records).warnings)
+    assert any("different machines" in w for w in findings.findings(read_back(tmp_path / "a", records)).warnings)
+    records = [dataclasses.replace(r, jobs=4) for r in standard()]
+    (warning,) = findings.findings(read_back(tmp_path / "b", records)).warnings
+    assert warning == "Up to 4 cells ran at the same time: times are less exact than those of one at a time."
 
 
-def test_other_data_make_a_section_of_their_own(tmp_path: Path) -> None:
-    other = [
-        dataclasses.replace(r, data={**r.data, "hash": "d1"}, started="2026-02-01T00:00:00+00:00") for r in standard()
-    ]
-    markdown, _ = written(tmp_path, [*standard(), *other])
-    assert markdown.count("# A made-up comparison") == 2
-    assert "(accuracy.png)" in markdown
-    assert "(accuracy-2.png)" in markdown
-    assert (tmp_path / "out" / "accuracy-2.png").stat().st_size > 10_000
+# What cannot be read ------------------------------------------------------------------------------------------------
 
 
-def test_search_lists_rates_and_marks_the_best_and_the_edge(tmp_path: Path) -> None:
-    records = [
-        made_up(name, accuracy, 5000, 0, key=f"{name}{rate}", learning_rate=rate, split="validation", title="A search")
-        for name, values in {"LoRA": (0.4, 0.6, 0.5), "Prefix": (0.4, 0.5, 0.6)}.items()
-        for rate, accuracy in zip((0.001, 0.003, 0.01), values, strict=True)
-    ]
-    markdown, page = written(tmp_path, records)
-    assert "| LoRA | 40.0 | 60.0 * | 50.0 | 0.003 |" in markdown
-    assert "| Prefix | 40.0 | 50.0 | 60.0 * | 0.01 (at the edge of the grid) |" in markdown
-    assert "60.0 *" in page
+def test_report_of_nothing_raises(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"expected records in .*records\.jsonl, found none; run a suite first"):
+        report.write([tmp_path], tmp_path)
 
 
-def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
-    _, page = written(tmp_path, [dataclasses.replace(r, title="<script>alert(1)</script>") for r in standard()])
+def test_report_without_the_predictions_raises(tmp_path: Path) -> None:
+    records = read_back(tmp_path, standard())
+    (tmp_path / OUTCOMES / f"{records[3].key}.json.gz").unlink()
+    with pytest.raises(RecordError, match=r"\(IA\)³, seed 0, cannot be read .*copy the folder predictions together"):
+        report.write([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out" / "report.md").exists()
+
+
+def test_predictions_of_other_examples_raise(tmp_path: Path) -> None:
+    good, other = standard()[0], made_up("LoHa", 0.5, 10)
+    shorter = record.Outcomes(predictions=[0], counts=[[1.0]], groups=[0])
+    with record.writer(tmp_path) as writer:
+        writer.append(dataclasses.replace(other, outcomes=shorter.digest), shorter)
+    write(tmp_path, [good])
+    with pytest.raises(RecordError, match="LoRA, seed 0, and of LoHa, seed 0, are of other examples"):
+        findings.findings([r for r in record.read(tmp_path) if isinstance(r, record.Record)])
+
+
+def test_unknown_metric_raises(tmp_path: Path) -> None:
+    records = read_back(tmp_path, [dataclasses.replace(standard()[0], metric="charm")])
+    with pytest.raises(RecordError, match=r"was scored by 'charm'; this version knows accuracy, .*read it with"):
+        findings.findings(records)
+    assert "charm" not in METRICS
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_data_or_another_task_make_a_section_of_their_own(tmp_path: Path) -> None:
+    later = {"started": "2026-02-01T00:00:00+00:00"}
+    other = [dataclasses.replace(r, key=f"o{r.key}", data={**r.data, "hash": "d1"}, **later) for r in standard()]
+    task = [dataclasses.replace(r, key=f"t{r.key}", task={"name": "other"}) for r in standard()]
+    markdown, page = written(tmp_path, [*standard(), *other, *task])
+    assert markdown.count("# A made-up comparison\n") == 3
+    assert "(score.png)" in markdown
+    assert "(score-3.png)" in markdown
+    assert page.count('<a href="#section-') == page.count("<section id=")
+
+
+def test_page_is_self_contained_and_well_formed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "PNG_DPI", 40)
+    hostile = [dataclasses.replace(r, title="<script>alert(1)</script>") for r in standard()]
+    hostile += [dataclasses.replace(r, title=hostile[0].title) for r in searches("LoRA", 0.003, 0.7, 5000)]
+    markdown, page = written(tmp_path, hostile)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    assert page.count("<svg") == 2
+    names = {"score", "ranking", "rates", "costs", "losses", "stopping"}
+    assert page.count("<svg") == len(names)
+    for name in names:
+        assert f"({name}.png)" in markdown
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 2000
+        assert (tmp_path / "out" / f"{name}.svg").read_text().lstrip().startswith("<?xml")
     body = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert not re.search(r"""(?:src|href)=["'](?!#)""", body)
     assert "@import" not in body
-    assert "url(http" not in body
+    assert "http" not in body
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+    for colour in re.findall(r"(?:fill|stroke): (#\w+)", page):
+        assert colour in ("#000000",), f"{colour} would not follow the page into the dark"
 
     class Balance(html.parser.HTMLParser):
         def __init__(self) -> None:
@@ -183,40 +250,11 @@ def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
     assert parser.open == []
 
 
-def test_labels_of_the_accuracy_plot_do_not_overlap() -> None:
-    rows = [
-        ("Full fine-tuning", 0.71, 1_000_000, True, None), (HARD, 0.30, 0, True, None),
-        ("(IA)³", 0.50, 900, False, None), ("LayerNorm tuning", 0.5025, 800, False, None),
-        ("BitFit", 0.55, 2600, False, None),
-    ] + [(f"Method {i}", 0.60 + 0.0025 * i, 5000 - 10 * i, False, "r") for i in range(9)]  # fmt: skip
-    records = [
-        made_up(name, accuracy, count, seed, baseline=base, knob=knob)
-        for name, accuracy, count, base, knob in rows
-        for seed in range(3)
-    ]
-    figure, labels = plots._accuracy(findings.findings(records))
-    boxes = {label.name: label.box() for label in labels}
-    assert set(boxes) == {row[0] for row in rows}
-    for (one, first), (other, second) in combinations(boxes.items(), 2):
-        assert not first.overlaps(second), (one, other)
-    for box in boxes.values():
-        assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.x1
-
-
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [([10, 50], [10, 50]), ([20, 20], [15, 25]), ([0, 0, 100], [5, 15, 95]), ([32, 30, 31], [41, 21, 31])],
-)
-def test_spread_keeps_labels_apart_and_near_their_points(wanted: list[float], expected: list[float]) -> None:
-    assert plots.spread(wanted, 10, 0, 100) == pytest.approx(expected)
-
-
-def test_report_of_nothing_raises(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"expected records in .*records\.jsonl, found none; run a suite first"):
-        report.write([tmp_path], tmp_path)
-
-
-def test_accuracy_recorded_is_the_share_of_right_predictions() -> None:
-    made = made_up("LoRA", 0.6, 10)
-    assert made.accuracy == 0.6 == sum(p == y for p, y in zip(made.predictions, made.labels, strict=True)) / EXAMPLES
+@pytest.mark.usefixtures("quick")
+def test_report_of_five_hundred_records_is_quick(tmp_path: Path) -> None:
+    records = [*whole_suite("intents"), *whole_suite("source")]
+    assert len(records) > 500
+    folder = write(tmp_path, records)
+    start = time.process_time()
+    report.write([folder], tmp_path / "out")
+    assert time.process_time() - start < 4

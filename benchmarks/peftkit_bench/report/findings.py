@@ -156,6 +156,8 @@ class Findings:
     """By budget, ascending; one without a budget where nothing was solved for one."""
     front: tuple[str, ...]
     """Names of rows that no other beats in both score and parameters, fewest parameters first."""
+    contenders: tuple[str, ...]
+    """In the order of the records."""
     groups: Sequence[int]
     """Of the examples."""
     tunings: tuple[Tuning, ...]
@@ -186,8 +188,7 @@ class Findings:
         found: dict[str, list[Row]] = defaultdict(list)
         for row in self.rows:
             found[row.contender].append(row)
-        order = sorted(found, key=lambda name: min(r.started for row in found[name] for r in row.records))
-        return {name: sorted(found[name], key=lambda row: row.parameters) for name in order}
+        return {name: sorted(found[name], key=lambda row: row.parameters) for name in self.contenders}
 
 
 def kind_of(found: Record | MergeRecord) -> tuple[Any, ...]:
@@ -258,6 +259,7 @@ def findings(group: Sequence[Record]) -> Findings:
         rows=tuple(rows),
         contests=tuple(contests),
         front=tuple(front),
+        contenders=tuple(dict.fromkeys(contender for contender, _ in chosen)),
         groups=example_groups,
         tunings=tuple(searched),
         warnings=(*warnings, *_doubts(rows, contests, searched)),
