@@ -73,6 +73,7 @@ def run(suite_path: Path, out: Path, *, jobs: int = 1, progress: bool = True) ->
 
     Raises:
         SuiteError: the suite cannot be meant; nothing was run.
+        DataError: the data cannot be had; nothing was run.
         BenchError: more than one job was asked for, a merge could not be measured, or another run is writing to the
             folder. A merge that a tool refuses is a finding, and is recorded as such.
     """
