@@ -128,14 +128,11 @@ def _build(folder: Path, files: Sequence[Path], sizes: Mapping[str, int], versio
             pool.append((split, Example(fields=fields, group=group, source=f"{source}:{line}")))
     pool.sort(key=lambda pair: _rank(f"{pair[1].source} {' '.join(pair[1].fields['tokens'])}"))
     pool = [pool[index] for index in without_duplicates([" ".join(e.fields["tokens"]) for _, e in pool])]
-    splits = {}
-    for name, size in sizes.items():
-        mine = [example for split, example in pool if split == name]
-        if len(mine) < size:
-            raise DataError(
-                f"{name}: expected {size} different functions in its files, found {len(mine)}; ask for fewer rows"
-            )
-        splits[name] = tuple(mine[:size])
+    splits = {name: tuple(example for split, example in pool if split == name)[:size] for name, size in sizes.items()}
+    if any(len(splits[name]) < size for name, size in sizes.items()):
+        asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        there = ", ".join(f"{name} {len(splits[name])}" for name in sizes)
+        raise DataError(f"expected different functions for {asked}, found {there}; ask for fewer rows")
     return Dataset(name="python tags", splits=splits, versions={"python": version})
 
 
