@@ -43,8 +43,8 @@ VERSION = 1
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 CARD = "pretraining.json"
 VALIDATION_WINDOWS = 400
-TOKENIZER_CHARACTERS = 6_000_000
-"""Vocabularies are chosen on this much text."""
+TOKENIZER_FILES = 600
+"""Vocabularies are chosen on this many files."""
 CHUNK = 64
 """Files that are encoded at a time."""
 
@@ -245,9 +245,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lengths = itertools.count()
-    some = itertools.takewhile(lambda _: next(lengths) * 10_000 < TOKENIZER_CHARACTERS, texts)
-    made.train_from_iterator(some, trainer)
+    made.train_from_iterator(itertools.islice(texts, TOKENIZER_FILES), trainer)
     made.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, made.token_to_id(BOS))]
     )
@@ -325,7 +323,7 @@ def _train(model: nn.Module, windows: Tensor, recipe: Recipe, console: Console) 
                TextColumn("loss {task.fields[loss]}"), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
     model.train()
     begun = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("", total=recipe.steps, loss="-")
         for step in range(recipe.steps):
             total = torch.zeros((), device=device)
@@ -376,10 +374,13 @@ def validation_nats(model: nn.Module, windows: Tensor, at_once: int) -> float:
 
 def _store(model: Any, tokenizer: PreTrainedTokenizerFast, card: Mapping[str, Any], folder: Path) -> None:
     """Writes everything beside its place, and then moves it there in one step."""
+    from peftkit_bench.cell import quiet
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model.cpu().save_pretrained(temporary)
+        with quiet():
+            model.cpu().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
