@@ -15,7 +15,7 @@ from peftkit_bench.record import Outcomes, Record, RecordError
 from peftkit_bench.report import compare as module
 from peftkit_bench.report.compare import Verdict, compare, sentences, to_json
 from peftkit_bench.report.matching import finals, pairs
-from peftkit_bench.statistics import Comparison, compare_all
+from peftkit_bench.statistics import Comparison, compare_all, holm
 from peftkit_bench.tables import table
 
 SCORES = {"LoRA": 0.9, "BitFit": 0.85, "Prefix": 0.89}
@@ -79,7 +79,7 @@ def test_it_is_the_test_of_the_report_without_correction(tmp_path: Path) -> None
 def test_the_order_of_the_names_turns_signs_and_not_words(tmp_path: Path) -> None:
     found = verdict(tmp_path, runs(), "BitFit", "LoRA")
     assert found.tasks[0].difference.mean < 0
-    assert sentences(found)[0].startswith("LoRA is better than BitFit on made up: +")
+    assert sentences(found) == sentences(compare(record.read(tmp_path), "LoRA", "BitFit"))
     assert found.tasks[0].advantage == -1
     assert [run.second_only > run.first_only for _, run in found.tasks[0].runs] == [True] * 3
 
@@ -187,10 +187,14 @@ def test_searches_and_seeds_of_one_alone_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_newest_form_of_a_contender_counts(tmp_path: Path) -> None:
-    old = runs({"LoRA": 0.3}, learning_rate=0.1, started="2025-01-01T00:00:00+00:00")
-    found = verdict(tmp_path, [*old, *runs()], "LoRA", "BitFit")
+    old = runs({"LoRA": 0.3}, range(5), learning_rate=0.1, started="2025-01-01T00:00:00+00:00")
+    found = verdict(tmp_path, [*old, *runs(), *runs({"BitFit": 0.85}, [3, 4])], "LoRA", "BitFit")
     assert found.tasks[0].advantage == 1
-    assert sentences(found)[-1] == "LoRA was run with other settings before; the newest count."
+    assert found.tasks[0].seeds == (0, 1, 2)
+    assert sentences(found)[1:] == [
+        "LoRA was run with other settings before; the newest count.",
+        "Seeds that only one of the two has are left out: 3, 4.",
+    ]
 
 
 def budgets() -> list[Record]:
@@ -201,7 +205,8 @@ def budgets() -> list[Record]:
 def test_several_budgets_make_a_table_with_wins_corrected_for_their_number(tmp_path: Path) -> None:
     found = verdict(tmp_path, budgets(), "LoRA", "BitFit")
     assert [task.budget for task in found.tasks] == [5000, 74_000]
-    assert [task.p_corrected >= task.p for task in found.tasks] == [True, True]
+    assert [task.p_corrected for task in found.tasks] == holm([task.p for task in found.tasks])
+    assert max(task.p_corrected / task.p for task in found.tasks) == 2
     assert sentences(found)[0] == (
         "Over 2 tasks and budgets, corrected for their number: LoRA is better on 2, BitFit on 0, and on 0 the two "
         "cannot be told apart."

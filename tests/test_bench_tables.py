@@ -61,14 +61,16 @@ def test_a_single_count_that_is_not_averaged_is_no_mean() -> None:
 
 def test_a_match_that_only_one_example_has_leaves_no_trace_without_it() -> None:
     metric = METRICS["BLEU"]
-    counts = np.full((1, 7, 10), 10.0)
-    counts[0, :, 3] = [0, 0, 0.1, 0, 0, 0, 0]
+    # 49 times 1 / 49 is not 1 in floating point.
+    counts = np.full((1, 49, 10), 10.0)
+    counts[0, :, 3] = np.arange(49) == 2
     found = table(metric, counts)
     assert np.isfinite(found).all()
     assert found[0].argmax() == 2
     without = metric.score(np.delete(counts[0], 2, axis=0))
     assert without == 0
-    assert found[0, 2] - found[0].mean() == pytest.approx(6 * metric.score(counts[0]) * 6 / 7, rel=0.2)
+    others = [metric.score(np.delete(counts[0], i, axis=0)) for i in range(49) if i != 2]
+    assert found[0, 2] - found[0, 0] == pytest.approx(48 * (others[0] - without))
 
 
 def test_entities_that_are_nowhere_leave_a_table_of_zeros() -> None:
