@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -135,6 +137,20 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a process that adopts orphans, which Linux has")
+def test_a_program_that_is_stopped_leaves_no_process_to_be_reaped() -> None:
+    adopt_orphans, parent = 36, f") Z {os.getpid()} ".encode()
+    libc = ctypes.CDLL(None)
+    libc.prctl(adopt_orphans, 1, 0, 0, 0)
+    try:
+        assert not run("import os, time; os.fork(); time.sleep(60)", seconds=0.2).passed
+        assert not run("import time; time.sleep(60)", seconds=0.2).passed
+        time.sleep(0.05)
+        assert not [path for path in Path("/proc").glob("[0-9]*/stat") if parent in _content(path)]
+    finally:
+        libc.prctl(adopt_orphans, 0, 0, 0, 0)
 
 
 def test_output_is_thrown_away() -> None:

@@ -37,6 +37,7 @@ MEMORY_BYTES = 512 * 2**20
 SMALLEST_MEMORY_BYTES = 64 * 2**20
 STARTING_SECONDS = 60.0
 """An interpreter that has not started by then, on however busy a machine, never will."""
+ENDING_SECONDS = 2.0
 _REPORT_BYTES = 16_384
 
 
@@ -119,6 +120,11 @@ def _run(folder: str, seconds: float, memory_bytes: int) -> Outcome:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(timeout=seconds if walls else STARTING_SECONDS)
             took = time.monotonic() - begun
+            if status is None:
+                # It kills the program's process table and waits for it; killed itself, it would leave that unreaped.
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=ENDING_SECONDS)
         finally:
             # Also where the program itself is over: what it started is not.
             with contextlib.suppress(ProcessLookupError):

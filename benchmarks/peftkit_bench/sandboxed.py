@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -63,7 +65,22 @@ def _reason(error: BaseException) -> str:
 
 def _walls(seconds: float, memory_bytes: int) -> list[str]:
     """Takes away from this process what can be taken; returns the names of what was."""
-    walls = ["time", "memory", "files"]
+    walls = ["time", "memory", "files", *(_linux_walls() if sys.platform == "linux" else [])]
+    whole = max(1, round(seconds + 0.5))
+    for what, limit in (
+        (resource.RLIMIT_CPU, whole),
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (limit, limit))
+    return walls
+
+
+def _linux_walls() -> list[str]:
+    """Those that the kernel offers to this user."""
+    walls = []
     user = os.geteuid()
     if user == 0:
         if _LIBC.unshare(_NEW_PID | _NEW_NET | _NEW_IPC) == 0:
@@ -86,15 +103,6 @@ def _walls(seconds: float, memory_bytes: int) -> list[str]:
     if "user" in walls or (user != 0 and "process table" in walls):
         resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
         walls.append("processes")
-    whole = max(1, round(seconds + 0.5))
-    for what, limit in (
-        (resource.RLIMIT_CPU, whole),
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, FILE_BYTES),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (limit, limit))
     return walls
 
 
@@ -103,8 +111,14 @@ def _follow() -> None:
     for _ in range(2):
         child = os.fork()
         if child:
+            # How the caller ends it: the first of a table does not end by its own children's hands, and is reaped here.
+            signal.signal(signal.SIGTERM, functools.partial(_kill, child))
             _, status = os.waitpid(child, 0)
             os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _kill(child: int, *_: object) -> None:
+    os.kill(child, signal.SIGKILL)
 
 
 def _other_user() -> bool:
