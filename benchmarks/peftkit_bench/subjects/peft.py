@@ -283,8 +283,9 @@ class PeftSubject:
             return False
         bases = [layer.get_base_layer() for layer in layers]
         codes = any(not p.is_floating_point() for base in bases for p in base.parameters())
-        if codes and not all(type(layer).__module__.endswith(".bnb") for layer in layers):
-            # Layers that do not know codes would add to them.
+        # Layers that do not know codes would add to them.
+        knows_codes = known.method.merges_codes and all(type(layer).__module__.endswith(".bnb") for layer in layers)
+        if codes and not knows_codes:
             return False
         before = Snapshot(model)
         for snapshot in (before, known.snapshot):

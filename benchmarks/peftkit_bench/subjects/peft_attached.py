@@ -20,7 +20,9 @@ from peftkit_bench.subjects.snapshot import Snapshot
 
 ADAPTER = "default"
 _LOGITS = ("logits", "start_logits", "end_logits")
-_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+_INPUTS = ("input_ids", "inputs_embeds")
+_TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+"""Where the length of the logits of an encoder and decoder is to be seen."""
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
 
 
@@ -127,7 +129,10 @@ def _add_task_ids(model: Any) -> None:
 
 def _without_virtual_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The output with logits for the positions of the input alone, as without virtual tokens."""
-    inputs = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), args[0] if args else None)
+    two_stacks = bool(getattr(model.config, "is_encoder_decoder", False))
+    first = None if two_stacks or not args else args[0]
+    names = _TARGETS if two_stacks else _INPUTS
+    inputs = next((kwargs[name] for name in names if kwargs.get(name) is not None), first)
     if inputs is None or model._adapters_disabled:
         return output
     length = inputs.shape[1]

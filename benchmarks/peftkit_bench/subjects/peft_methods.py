@@ -62,6 +62,8 @@ class PeftMethod:
     """Its forward wants the number of a task for each row: always 0 here."""
     untrained: tuple[str, ...] = ()
     """Names of its parameters that are not trained, which peft forgets on the meta device."""
+    merges_codes: bool = True
+    """False: peft's merge into bitsandbytes' layers gives another function, or a model that cannot be called."""
     not_with: Mapping[str, str] = field(default_factory=dict)
     """Quantizations beside which it does not train, or computes something else, with the reason."""
     refused: str = ""
@@ -69,7 +71,7 @@ class PeftMethod:
 
 
 def _from_end(shapes: Shapes) -> Sequence[int]:
-    return range(shapes.smallest, 0, -1)
+    return range(shapes.smallest - 1, 0, -1)
 
 
 _READS = "it reads the weights, and takes bitsandbytes' codes for them"
@@ -104,7 +106,8 @@ METHODS: Mapping[str, PeftMethod] = {
         values=lambda shapes: shapes.divisors()[::-1],
         fitted=lambda shapes: {"block_size": shapes.fitting(256)},
     ),
-    "cartridge": PeftMethod(**_PROMPT),
+    # The first of its tokens stays as it was drawn.
+    "cartridge": PeftMethod(**{**_PROMPT, "values": lambda shapes: TOKENS[1:]}),
     "cpt": PeftMethod(needs={"cpt_token_ids": "the tokens of the context that it refines"}),
     "deft": PeftMethod(not_with=_FOUR_BITS, knob="r"),
     "delora": PeftMethod(not_with=_CODES, knob="r"),
@@ -129,7 +132,11 @@ METHODS: Mapping[str, PeftMethod] = {
         values=lambda shapes: range(1, shapes.smallest + 1),
         fitted=lambda shapes: {"r": min(64, shapes.smallest)},
     ),
-    "multitask_prompt_tuning": PeftMethod(task_ids=True, **_PROMPT),
+    "multitask_prompt_tuning": PeftMethod(
+        # As peftkit's prompt tuning: none for the decoder.
+        **{**_PROMPT, "fitted": lambda shapes: {"num_virtual_tokens": 20, "num_transformer_submodules": 1}},
+        task_ids=True,
+    ),
     "oft": PeftMethod(knob="oft_block_size", with_knob=lambda value: {"r": 0}),
     "osf": PeftMethod(not_with=_CODES, knob="effective_rank", values=_from_end, rewrites=True),
     "p_tuning": PeftMethod(**_PROMPT),
@@ -143,8 +150,8 @@ METHODS: Mapping[str, PeftMethod] = {
         values=lambda shapes: range(1, shapes.smallest + 1),
         fitted=lambda shapes: {"r": min(32, shapes.smallest)},
     ),
-    "pvera": PeftMethod(knob="r"),
-    "randlora": PeftMethod(knob="r", values=_from_end),
+    "pvera": PeftMethod(knob="r", merges_codes=False),
+    "randlora": PeftMethod(knob="r", values=_from_end, merges_codes=False),
     "road": PeftMethod(fitted=lambda shapes: {"group_size": shapes.fitting(64)}),
     "shadow": PeftMethod(
         refused="it trains a second network with a loss of its own, which peft adds only where it is given labels"
