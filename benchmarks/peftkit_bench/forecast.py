@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,18 @@ from torch import Tensor, nn
 
 from peftkit.quantize import quantizable
 from peftkit_bench import measure, tracing
+from peftkit_bench.preparing import GENERAL
 from peftkit_bench.spec import Contender, Resolved, Subject
 from peftkit_bench.tasks.batching import length, training_order
-from peftkit_bench.tasks.contract import Prepared, Split, Task
+from peftkit_bench.tasks.contract import Batch, Prepared, Split, Task
 from peftkit_bench.tracing import Pass, Step, Work
 
-TOGETHER = 128
-"""Rows that tasks predict at a time."""
+EVALUATION_ROWS = 128
+"""Rows that a task predicts at a time whose module does not say."""
+GENERATED_TOGETHER = 32
+"""Rows for which tasks generate text at a time."""
+GENERATES = {"causal-lm": "max_new_tokens", "seq2seq": "max_target_tokens"}
+"""Tasks that generate text, save for its perplexity, and the option that says how much."""
 TOUCHED_BYTES = 40_000_000
 """Code and buffers of libraries that a process on a CPU comes to hold when it first computes."""
 HEAP = 1.6
@@ -99,7 +106,14 @@ def machine_speed(threads: int | None = None) -> Speed:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    return measure.median_seconds(call, repeats=5, warmup=1)
+    """The shortest of several calls: what the machine achieves where nothing else runs on it."""
+    call()
+    found = []
+    for _ in range(6):
+        with measure.timed() as watch:
+            call()
+        found.append(watch.seconds)
+    return min(found)
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
@@ -123,14 +137,9 @@ def _elements(device: torch.device) -> float:
 
 
 def _small(device: torch.device) -> float:
-    x = torch.ones(4, device=device, requires_grad=True)
-
-    def call() -> None:
-        with torch.enable_grad():
-            for _ in range(200):
-                x.add(1.0)
-
-    return _seconds(call) / 200
+    layers = nn.Sequential(*(nn.LayerNorm(4) if i % 2 else nn.Dropout(0.0) for i in range(100))).to(device)
+    x = torch.ones(4, 4, device=device)
+    return _seconds(lambda: layers(x)) / 100
 
 
 def forecast(
@@ -160,18 +169,8 @@ def forecast(
         speed: of the machine that is to run it, see `machine_speed`.
         precision: of the arithmetic, "float32" or "bfloat16".
     """
-    order = training_order(prepared.splits["train"], size=batch_size, batches=steps, seed=0)
-    train = prepared.splits["train"]
-    longest, mean = max(order, key=lambda rows: _padded(train, rows)), statistics.mean(_padded(train, r) for r in order)
-    evaluated = _evaluated_tokens(prepared, evaluations, evaluated_rows)
-    widest = max((_last(prepared.splits[name]) for name in evaluated), key=lambda found: _padded(*found))
+    sizes = _sizes(task, prepared, batch_size, steps, evaluations, evaluated_rows)
     device = torch.device(speed.device)
-    sizes = _Sizes(
-        longest=_padded(train, longest), mean=mean, steps=steps, widest=_padded(*widest),
-        evaluated=sum(evaluated.values()), best=evaluations > 1,
-    )  # fmt: skip
-    batch = task.collate([train.encoded[i] for i in longest], prepared.padding)
-    wide = task.collate([widest[0].encoded[i] for i in widest[1]], prepared.padding)
     for quantized in (True, False) if contender.quantization else (False,):
         model = task.skeleton(prepared.folder, prepared.facts)
         saved = 0 if quantized else _saved_bytes(model, contender.quantization)
@@ -181,7 +180,9 @@ def forecast(
                 assert contender.quantization is not None
                 model = subject.quantize(model, contender.quantization)
             model = subject.attach(model, contender.method, resolved.fields)
-            found = tracing.traced(task, subject, model, batch, wide, device=device, precision=precision)
+            found = tracing.traced(
+                task, subject, model, sizes.batch, sizes.evaluated, device=device, precision=precision
+            )
         except Exception:
             continue
         return _traced(*found, sizes, speed, saved)
@@ -190,45 +191,78 @@ def forecast(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Tokens of the batches, padding included."""
+    """What is computed, in batches and tokens, padding included."""
 
-    longest: float
-    mean: float
+    batch: Batch
+    """The longest of training."""
+    batch_tokens: int
+    trained_tokens: float
+    """Of a batch on average."""
     steps: int
-    widest: float
-    evaluated: float
+    evaluated: Batch
+    """The longest that is predicted."""
+    evaluated_tokens: int
+    predicted_tokens: float
     """In all evaluations together."""
+    generated_tokens: float
+    """One after another, in all batches together."""
     best: bool
     """Whether the best weights so far are kept during training."""
 
 
-def _padded(split: Split, rows: Sequence[int]) -> int:
+def _sizes(
+    task: Task, prepared: Prepared, batch_size: int, steps: int, evaluations: int, rows: Mapping[str, int]
+) -> _Sizes:
+    train = prepared.splits["train"]
+    order = training_order(train, size=batch_size, batches=steps, seed=0)
+    longest = max(order, key=lambda each: _tokens(train, each))
+    new = _new_tokens(task)
+    ending = max(("tune", "test"), key=lambda name: rows.get(name, 0))
+    predicted = generated = 0.0
+    widest = (train, longest[:1])
+    for name, times in (("stop", evaluations), (GENERAL, 2), (ending, 1)):
+        split = prepared.splits.get(name)
+        if split is None or not rows.get(name):
+            continue
+        share = times * rows[name] / len(split)
+        if new and name == ending:
+            generated += share * new * math.ceil(len(split) / GENERATED_TOGETHER)
+            continue
+        chunks = _chunks(split, _together(task))
+        predicted += share * sum(_tokens(split, each) for each in chunks)
+        widest = max(widest, *((split, each) for each in chunks), key=lambda found: _tokens(*found))
+    return _Sizes(
+        batch=task.collate([train.encoded[i] for i in longest], prepared.padding),
+        batch_tokens=_tokens(train, longest),
+        trained_tokens=statistics.mean(_tokens(train, each) for each in order),
+        steps=steps,
+        evaluated=task.collate([widest[0].encoded[i] for i in widest[1]], prepared.padding),
+        evaluated_tokens=_tokens(*widest),
+        predicted_tokens=predicted,
+        generated_tokens=generated,
+        best=evaluations > 1,
+    )
+
+
+def _tokens(split: Split, rows: Sequence[int]) -> int:
     return len(rows) * max(length(split.encoded[i]) for i in rows)
 
 
-def _chunks(split: Split) -> list[list[int]]:
+def _chunks(split: Split, size: int) -> list[list[int]]:
     """Rows as tasks predict them: those of similar lengths together."""
     order = sorted(range(len(split)), key=lambda i: length(split.encoded[i]))
-    return [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _last(split: Split) -> tuple[Split, list[int]]:
-    return split, max(_chunks(split), key=lambda rows: _padded(split, rows))
+def _together(task: Task) -> int:
+    """Rows that the task predicts at a time, which its module says."""
+    return int(vars(sys.modules[type(task).__module__]).get("EVALUATION_ROWS", EVALUATION_ROWS))
 
 
-def _evaluated_tokens(prepared: Prepared, evaluations: int, rows: Mapping[str, int]) -> dict[str, float]:
-    """Tokens that are predicted in a whole cell, by split."""
-    times = {"stop": float(evaluations), "general": 2.0}
-    ending = max((name for name in ("tune", "test") if name in rows), key=lambda name: rows[name], default=None)
-    if ending is not None:
-        times[ending] = 1.0
-    found = {}
-    for name, count in times.items():
-        split = prepared.splits.get(name)
-        if split is not None and rows.get(name):
-            tokens = sum(_padded(split, chunk) for chunk in _chunks(split))
-            found[name] = count * tokens * rows[name] / len(split)
-    return found
+def _new_tokens(task: Task) -> int:
+    """Tokens that the task generates for a row; 0: it predicts without generating."""
+    option = GENERATES.get(task.name)
+    return 0 if option is None or task.metric == "perplexity" else int(getattr(task, option))
 
 
 def _saved_bytes(model: nn.Module, quantization: str | None) -> int:
@@ -245,8 +279,14 @@ def _traced(step: Step, evaluation: Pass, sizes: _Sizes, speed: Speed, saved: in
     passing = max(step.peak_bytes, evaluation.peak_bytes + step.state_bytes) - saved - held
     seconds = (
         START_SECONDS
-        + sizes.steps * (speed.seconds(step.passes, sizes.mean / sizes.longest) + speed.seconds(step.update))
-        + speed.seconds(evaluation.work) * sizes.evaluated / sizes.widest
+        + sizes.steps * speed.seconds(step.passes, sizes.trained_tokens / sizes.batch_tokens)
+        + sizes.steps * speed.seconds(step.update)
+        + speed.seconds(evaluation.work) * sizes.predicted_tokens / sizes.evaluated_tokens
+        + sizes.generated_tokens
+        * (
+            speed.seconds(evaluation.work, GENERATED_TOGETHER / sizes.evaluated_tokens)
+            + step.weights_bytes / speed.bytes_per_second
+        )
     )
     return _forecast(held, passing, step.trained_bytes * sizes.best, seconds, speed)
 
@@ -274,8 +314,9 @@ def _rough(model: nn.Module, contender: Contender, resolved: Resolved, sizes: _S
     flops = 2 * (resolved.total_parameters - sum(embeddings.values()))
     ways = 3 if resolved.adapter_parameters > resolved.total_parameters / 2 else 2
     rate = speed.flops_per_second[torch.float32]
-    tokens = ways * sizes.steps * sizes.mean + sizes.evaluated
+    tokens = ways * sizes.steps * sizes.trained_tokens + sizes.predicted_tokens
+    tokens += sizes.generated_tokens * GENERATED_TOGETHER
     moved = tokens * kept / speed.bytes_per_second
     seconds = START_SECONDS + tokens * flops / rate + moved
-    passing = sizes.longest * kept + trained
+    passing = sizes.batch_tokens * kept + trained
     return _forecast(held, passing, trained * sizes.best, seconds, speed, approximate=True)

@@ -7,7 +7,7 @@ import io
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ _FREE = {
     _aten.set_,
 }
 """What moves no data, though it is no view."""
+
+
+_INDEXED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -116,11 +119,13 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if packet in _INDEXED:
+            args = (args[0], _unmasked(args[1]), *args[2:])
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in made:
             self.follow(tensor)
-        packet = func.overloadpacket
         if made and not func.is_view and packet not in _FREE:
             taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             moved = sum(tensor.numel() * tensor.element_size() for tensor in (*taken, *made))
@@ -133,6 +138,17 @@ class Trace(TorchDispatchMode):
         """The operations since the last call."""
         found, self.work = self.work, Counter()
         return found
+
+
+def _unmasked(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with each mask replaced by the places that it chooses where it is true everywhere; others are data."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype is not torch.bool:
+            found.append(index)
+        else:
+            found += [torch.empty(index.numel(), dtype=torch.int64, device=index.device) for _ in index.shape]
+    return found
 
 
 def traced(
@@ -209,9 +225,15 @@ def _following(model: nn.Module) -> Trace:
     return trace
 
 
+def _follow(trace: Trace, batch: Batch) -> None:
+    for tensor in batch.values():
+        trace.follow(tensor)
+
+
 def _step(task: Task, subject: Subject, model: nn.Module, batch: Batch, device: torch.device, precision: str) -> Step:
     trace = _following(model)
     weights = trace.held_bytes
+    _follow(trace, batch)
     trained = [parameter for group in subject.parameters(model) for parameter in group]
     subject.begin(model, STEPS)
     optimizer = torch.optim.AdamW(trained)
@@ -242,6 +264,7 @@ def _step(task: Task, subject: Subject, model: nn.Module, batch: Batch, device: 
 @torch.no_grad()
 def _evaluation(task: Task, model: nn.Module, batch: Batch, device: torch.device, precision: str) -> Pass:
     trace = _following(model)
+    _follow(trace, batch)
     model.eval()
     with trace, _precise(device, precision):
         task.loss(model, batch)
