@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,10 @@ def run_cell(job: Job) -> Finished:
     subject, metric = subjects.subject(cell.contender.subject), METRICS[suite.task.metric]
     torch.set_num_threads(job.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # One seed is to give one result; where PyTorch has no such algorithm it goes on with the one it has.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     fields, training = overridden(cell, suite.training)
     with measure.timed() as whole, quiet():
         memory = measure.PeakMemory(device)

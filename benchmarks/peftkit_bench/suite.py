@@ -19,7 +19,7 @@ from peftkit_bench.tasks import task_class
 from peftkit_bench.tasks.contract import Task
 
 RUNNERS = {"comparison": "engine", "merge": "merging"}
-"""Modules of this package with `run` and `dry_run`, by the `kind` of the suites that they take."""
+"""Modules of this package with `run`, by the `kind` of the suites that they take."""
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The grid of a comparison that names none."""
 
