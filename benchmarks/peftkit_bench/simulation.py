@@ -260,24 +260,32 @@ def everything(scale: float = 1.0) -> Iterator[dict[str, Any]]:
         for seeds in (1, 3, 5):
             for examples, size in ((200, 1), (200, 4), (1000, 1), (1000, 4)):
                 model = Model(metric=metric, seeds=seeds, examples=examples, group_size=size)
-                number = rounds(600 if examples == 200 else 400)
+                number = rounds(400 if examples == 200 else 250)
                 ways = ("jackknife",) if metric == "accuracy" else tuple(TABLES)
                 for way, found in coverage(model, number, ways).items():
                     yield row("coverage", model, number, found, way=way)
         for seeds in (1, 3):
             model = Model(metric=metric, seeds=seeds, examples=200, skills=(SKILL, SKILL))
             for corrected in (False, True):
-                number = rounds(300)
+                number = rounds(200)
                 found = bootstrap_coverage(model, number, corrected)
                 yield row("coverage", model, number, found, way="bootstrap BCa" if corrected else "bootstrap")
     few = Model(metric="accuracy", seeds=3, examples=200, group_size=20)
-    yield row("coverage", few, rounds(600), coverage(few, rounds(600))["jackknife"], way="jackknife")
+    yield row("coverage", few, rounds(400), coverage(few, rounds(400))["jackknife"], way="jackknife")
     for rule, seeds, size, run, number in (
-        ("t", 3, 1, RUN, 600), ("t", 5, 1, RUN, 600), ("t", 3, 4, RUN, 600), ("t", 3, 1, 0.0, 500),
-        ("t", 3, 1, 0.2, 500), ("t", 1, 1, 0.0, 500), ("McNemar", 1, 1, 0.0, 1000), ("McNemar", 1, 1, RUN, 1000),
-        ("McNemar", 1, 1, 0.2, 1000), ("permutation", 1, 1, 0.0, 200), ("permutation", 3, 1, RUN, 150),
-        ("permutation", 3, 1, 0.2, 100),
-    ):  # fmt: skip
+        ("t", 3, 1, RUN, 400),
+        ("t", 5, 1, RUN, 400),
+        ("t", 3, 4, RUN, 400),
+        ("t", 3, 1, 0.0, 400),
+        ("t", 3, 1, 0.2, 400),
+        ("t", 1, 1, 0.0, 400),
+        ("McNemar", 1, 1, 0.0, 600),
+        ("McNemar", 1, 1, RUN, 600),
+        ("McNemar", 1, 1, 0.2, 600),
+        ("permutation", 1, 1, 0.0, 100),
+        ("permutation", 3, 1, RUN, 60),
+        ("permutation", 3, 1, 0.2, 60),
+    ):
         model = null(seeds, examples=200 if rule == "permutation" else 1000, group_size=size, run=run)
         yield row("any false finding", model, rounds(number), {"share": any_finding(model, rule, rounds(number))},
                   rule=rule)  # fmt: skip
@@ -288,8 +296,8 @@ def everything(scale: float = 1.0) -> Iterator[dict[str, Any]]:
         for seeds in (3, 5, 10):
             sized = Model(**{**vars(model), "seeds": seeds})
             predicted = power.power(true, parts, seeds, 1000)
-            found = {"share": found_difference(sized, rounds(500)), "predicted": predicted, "difference": true}
-            yield row("power", sized, rounds(500), found, rule="t")
+            found = {"share": found_difference(sized, rounds(400)), "predicted": predicted, "difference": true}
+            yield row("power", sized, rounds(400), found, rule="t")
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -308,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m peftkit_bench.simulation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, help="file to which each row is appended as one JSON line")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of rounds (1: about four minutes)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of rounds (1: about two minutes)")
     chosen = parser.parse_args(arguments)
     start = time.monotonic()
     for row in everything(chosen.scale):
