@@ -210,8 +210,8 @@ def _separated(path: Path, reader: Any) -> _Found:
 
 def _parquet(path: Path) -> _Found:
     try:
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path}: Parquet needs pyarrow; pip install 'peftkit[bench]'") from None
     try:

@@ -133,17 +133,20 @@ class QuestionAnswering:
             inside = [
                 of == 1 and stop > begin for of, (begin, stop) in zip(found.sequence_ids(index), offsets, strict=True)
             ]
-            windows.append({
-                **{name: list(found[name][index]) for name in ("input_ids", "token_type_ids") if name in found},
-                "begin": [pair[0] if good else -1 for good, pair in zip(inside, offsets, strict=True)],
-                "stop": [pair[1] if good else -1 for good, pair in zip(inside, offsets, strict=True)],
-            })  # fmt: skip
+            window: dict[str, Any] = {
+                name: list(found[name][index]) for name in ("input_ids", "token_type_ids") if name in found
+            }
+            window["begin"] = [pair[0] if good else -1 for good, pair in zip(inside, offsets, strict=True)]
+            window["stop"] = [pair[1] if good else -1 for good, pair in zip(inside, offsets, strict=True)]
+            windows.append(window)
         text, first = row["answers"]["text"][0], row["answers"]["answer_start"][0]
         spans = [_tokens(window, first, first + len(text)) for window in windows]
         chosen = max(range(len(windows)), key=lambda index: _shown(windows[index], spans[index]))
         start, end = spans[chosen]
-        window = {name: windows[chosen][name] for name in ("input_ids", "token_type_ids") if name in windows[chosen]}
-        return {**window, "start": start, "end": end, "windows": windows}
+        kept: dict[str, Any] = {
+            name: windows[chosen][name] for name in ("input_ids", "token_type_ids") if name in windows[chosen]
+        }
+        return {**kept, "start": start, "end": end, "windows": windows}
 
     def skeleton(self, folder: str, facts: Mapping[str, Any]) -> nn.Module:
         """See `Task`."""
