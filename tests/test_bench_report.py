@@ -144,10 +144,11 @@ def test_one_seed_is_tested_as_that_run_alone(tmp_path: Path) -> None:
 
 
 def test_records_of_an_older_setting_are_left_out_and_said(tmp_path: Path) -> None:
-    old = made_up("LoRA", 0.2, 77, 0, key="old", variant="old", started="2025-01-01T00:00:00+00:00")
+    old = made_up("LoRA", 0.2, 77, 7, key="old", variant="old", started="2025-01-01T00:00:00+00:00")
     fixed = made_up("AdaLoRA", 0.2, 77, 0, key="own", knob=None, started="2025-01-01T00:00:00+00:00")
     found = findings.findings(read_back(tmp_path, [*standard(), old, fixed]))
     assert found.row("LoRA").parameters == 5000
+    assert found.row("LoRA").seeds == (0, 1, 2)
     assert [row.contender for row in found.rows].count("AdaLoRA") == 1
     assert [w for w in found.warnings if "with other settings before" in w] == [
         f"{name} was run with other settings before; only the newest are shown." for name in ("LoRA", "AdaLoRA")

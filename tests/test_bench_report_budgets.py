@@ -67,7 +67,7 @@ def test_lower_is_better_turns_order_front_and_comparisons(source: Findings) -> 
     scores = [source.row(name).score.mean for name in source.front]
     assert sizes == sorted(sizes)
     assert scores == sorted(scores, reverse=True)
-    assert source.front[0] == "Head only"
+    assert (source.front[0], source.front[-1]) == ("Head only", "DoRA, 20k")
 
 
 def test_lower_is_better_in_words(source: Findings) -> None:

@@ -81,7 +81,10 @@ def test_sampled_rates_are_at_the_edge_of_their_range(rate: float, edge: bool) -
     assert found.sampled
     assert found.extended == ()
     assert found.at_edge() is edge
-    assert found.trials[0].searched == {"a": 0} if rate < 0.002 else {"a": 1}
+    assert found.trials[0].searched == ({"a": 0} if rate < 0.002 else {"a": 1})
+    (found,) = tuning.tunings([*records, *finals(rate, searched={"lora_alpha": 16})], True)
+    note = columns.rate_rows([found], findings.metric_of(records[0]))[0][2]
+    assert note == f"{rate:g} (lora_alpha 16, 3 trials" + (", at the edge of what was tried)" if edge else ")")
 
 
 def test_edge_is_warned_of_in_a_report(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def rate_rows(searched: Sequence[Tuning], metric: Metric) -> list[tuple[str, lis
             "–" if rate not in each.scores else metric.shown(each.scores[rate]) + (" *" if rate == each.shown else "")
             for rate in every
         ]
-        notes = [f"{len(each.trials)} trials"] if each.sampled else []
+        notes = [f"{name} {value}" for name, value in each.settings.items()]
+        notes += [f"{len(each.trials)} trials"] if each.sampled else []
         notes += ["grid extended"] if each.extended else []
         notes += ["at the edge of what was tried"] if each.at_edge() else []
         if each.chosen is None:

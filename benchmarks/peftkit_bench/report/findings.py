@@ -368,7 +368,8 @@ def _doubts(rows: Sequence[Row], contests: Sequence[Contest], searched: Sequence
             "wide."
         )
     records = [r for row in rows for r in row.records]
-    machines = {(r.environment.get("processor"), r.environment.get("cores"), r.threads, r.jobs) for r in records}
+    stamps = ("processor", "cores", "device")
+    machines = {(*(r.environment.get(stamp) for stamp in stamps), r.threads, r.jobs) for r in records}
     if len(machines) > 1:
         found.append(
             "The records come from different machines, thread counts or numbers of cells at a time: times cannot be "

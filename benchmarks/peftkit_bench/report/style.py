@@ -98,7 +98,7 @@ def write_figure(made: Figure, folder: Path, name: str) -> str:
     with mpl.rc_context(STYLE):
         made.savefig(folder / f"{name}.png", dpi=PNG_DPI, facecolor="white")
         made.savefig(stream, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
+    text = _rounded(stream.getvalue())
     (folder / f"{name}.svg").write_text(text, encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     for fixed, variable in VARIABLES.items():
@@ -108,6 +108,15 @@ def write_figure(made: Figure, folder: Path, name: str) -> str:
     for side in ("width", "height"):
         text = re.sub(rf'^(<svg[^>]*?) {side}="[^"]*"', r"\1", text, count=1)
     return _unique_ids(text, name.replace(".", "_"))
+
+
+def _rounded(text: str) -> str:
+    """The SVG with its places to a hundredth of a pixel: a third less to load."""
+
+    def shorter(found: re.Match[str]) -> str:
+        return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", found[0])
+
+    return re.sub(r' (?:d|x|y|points)="[^"]*"|translate\([^)]*\)', shorter, text)
 
 
 def _unique_ids(text: str, prefix: str) -> str:

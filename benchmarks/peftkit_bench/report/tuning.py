@@ -43,6 +43,8 @@ class Tuning:
     """Whether rates were drawn from the range of the grid instead of being its own."""
     chosen: float | None
     """The rate of the runs that count; None: they have not been made."""
+    settings: Mapping[str, Any]
+    """What else those runs took from the search, by name."""
     higher_is_better: bool
 
     @property
@@ -122,6 +124,7 @@ def tunings(group: Sequence[Record], higher_is_better: bool) -> list[Tuning]:
                 grid=_grid(kept),
                 sampled=any("trials" in (r.tuning or {}) for r in kept),
                 chosen=final.learning_rate if final else None,
+                settings=final.searched if final else {},
                 higher_is_better=higher_is_better,
             )
         )
