@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +184,11 @@ METHODS = {"LoRA": 0.84, "DoRA": 0.845, "AdaLoRA": 0.82, "LoHa": 0.80, "LoKr": 0
 
 def whole_suite(task: str = "intents", seeds: int = 3) -> list[Record]:
     """Ten methods at three budgets, some of a size of their own, baselines, a peer, searches: all that a suite has."""
+    return list(_whole_suite(task, seeds))
+
+
+@functools.cache
+def _whole_suite(task: str, seeds: int) -> tuple[Record, ...]:
     shared = {**TASKS[task], "suite": task, "budgets": list(BUDGETS)}
     shared["data"] = {**made_up("x", 0.5, 1).data, "name": task, "hash": task}
     lower = shared["metric"] == "perplexity"
@@ -226,4 +232,4 @@ def whole_suite(task: str = "intents", seeds: int = 3) -> list[Record]:
     add("BitFit", 0.77, 2600, **own)
     add("Full fine-tuning", 0.88, 1_000_000, 0.0003, baseline=True, **own)
     add("Head only", 0.40, 0, None, baseline=True, **own)
-    return found
+    return tuple(found)

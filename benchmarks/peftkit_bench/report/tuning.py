@@ -72,7 +72,7 @@ class Tuning:
     @property
     def extended(self) -> tuple[float, ...]:
         """Rates tried outside the first grid."""
-        if not self.grid or self.sampled:
+        if not self.grid:
             return ()
         low, high = self.grid[0] * (1 - 1e-6), self.grid[-1] * (1 + 1e-6)
         return tuple(rate for rate in self.scores if not low <= rate <= high)
