@@ -212,8 +212,6 @@ class CausalLM:
             mask = masks([prompts[i] for i in rows], left=True).to(device)
             made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             for index, new in zip(rows, made[:, ids.shape[1] :].tolist(), strict=True):
-                if tokenizer.eos_token_id in new:
-                    new = new[: new.index(tokenizer.eos_token_id)]
                 found[index] = tokenizer.decode(new, skip_special_tokens=True)
         return found
 
