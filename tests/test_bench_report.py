@@ -63,9 +63,9 @@ def test_words_say_which_differences_are_significant_and_which_are_not(tmp_path:
     assert "Full has the highest mean accuracy, 71.0 ±" in markdown
     assert "It cannot be told apart from LoRA and AdaLoRA." in markdown
     assert re.search(r"Most accuracy for the fewest parameters: LoRA, 70\.0 ± \S+ % with 5,100 trainable", markdown)
-    assert re.search(
-        r"the difference is \+1\.0 points, simultaneous .* so up to \S+ points are not ruled out", markdown
-    )
+    left_open = re.search(r"is \+1\.0 points, simultaneous .* -\S+ to \+(\S+), so up to (\S+) points are", markdown)
+    assert left_open is not None
+    assert left_open[1] == left_open[2]
     assert "cannot be told apart: LoRA and AdaLoRA; significantly worse: (IA)³ and Prefix." in markdown
     assert re.search(
         r"\*\*LoRA\*\* \(70\.0 %\): significantly better than \(IA\)³, Prefix and Head only; cannot be", markdown
