@@ -127,7 +127,6 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
     failures: list[str] = []
     running: dict[str, Part] = {}
     stamp = {**record.environment(), "versions": versions()}
-    threads = max(1, min(stamp["cores"] // workers.jobs, torch.get_num_threads()))
     succeeded = 0
 
     def ready() -> Job | None:
@@ -144,6 +143,7 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
     waiting = sum(part.remaining() for part in parts)
     if not waiting:
         return failures
+    threads = max(1, min(stamp["cores"] // workers.jobs, torch.get_num_threads()))
     console.print(f"about {waiting} cells to run, {workers.where}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
