@@ -16,7 +16,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from peftkit_bench import suite
+from peftkit_bench.data.files import Files
+from peftkit_bench.spec import Contender
+from peftkit_bench.tasks import TASKS, task_class
 
 import peftkit
 from peftkit.methods import BUILT_IN
@@ -192,6 +197,42 @@ def _in_folder_order(path: Path) -> tuple[str, bool, str]:
     return path.parent.as_posix(), path.name != "__init__.py", path.name
 
 
+def comparison_tables() -> dict[str, str]:
+    """The keys of a suite, and the columns, metrics and options of each task, for the page on comparing methods."""
+
+    def keys(cls: type[Any]) -> str:
+        rows = []
+        for found in dataclasses.fields(cls):
+            kind, text = field_docs(cls)[found.name]
+            value: Any = found.default
+            if found.default_factory is not dataclasses.MISSING:
+                value = found.default_factory()
+            default = "required" if value is dataclasses.MISSING else f"`{value!r}`"
+            rows.append((f"`{found.name}`", f"`{kind}`", default, text))
+        return table(("key", "type", "default", "meaning"), rows)
+
+    tasks, columns = [task_class(name) for name in TASKS], []
+    for task in tasks:
+        for each in task.columns:
+            also = ", ".join(f"`{name}`" for name in each.also)
+            columns.append((f"`{task.name}`", f"`{each.name}`", each.what, yes(each.required), also))
+    options = [
+        (f"`{task.name}`", f"`{name}`", f"`{default!r}`", field_docs(task)[name][1])
+        for task in tasks
+        for name, default in ((f.name, f.default) for f in dataclasses.fields(cast(Any, task)))
+    ]
+    metrics = [(f"`{task.name}`", ", ".join(task.metrics), f"`{task.architecture}`") for task in tasks]
+    return {
+        "tasks": table(("task", "metrics", "models"), metrics),
+        "columns": table(("task", "column", "what stands in it", "required", "also read"), columns),
+        "options": table(("task", "option", "default", "meaning"), options),
+        "training": keys(suite.Training),
+        "tune": keys(suite.Tune),
+        "contender": keys(Contender),
+        "files": keys(Files),
+    }
+
+
 def filled(text: str, parts: dict[str, str], where: str) -> str:
     """The page with its generated parts replaced.
 
@@ -217,6 +258,7 @@ def pages() -> dict[Path, str]:
     wanted: dict[Path, dict[str, str]] = {
         ROOT / "README.md": {"methods": methods_table(), "files": file_map()},
         ROOT / "docs" / "api.md": {"names": public_names(), "configs": configs_table(), "fields": every_config()},
+        ROOT / "docs" / "benchmarks.md": comparison_tables(),
     }
     wanted.update({PAGES / f"{m.name}.md": {"facts": facts(m)} for m in BUILT_IN})
     return {path: filled(path.read_text(), parts, path.name) for path, parts in wanted.items()}

@@ -36,7 +36,7 @@ SPEED = Speed(
 TASK = SequenceClassification()
 ROWS = {"train": 96, "tune": 40, "stop": 24, "test": 56}
 MEASURED = """
-import json, sys
+import json, sys, time
 import torch
 from peftkit_bench import measure, subjects
 from peftkit_bench.cell import train
@@ -59,10 +59,10 @@ subject = subjects.subject("peftkit")
 memory = measure.PeakMemory(torch.device("cpu"))
 model = subject.attach(TASK.model(folder, data.facts), method, found.fields)
 memory.start()
-trained = train(
-    TASK, subject, model, data, Training(steps=4, evaluations=1), 1e-3, seed=0, memory=memory,
-)
-print(json.dumps([predicted.peak_bytes, memory.peak_bytes(), predicted.seconds, trained.seconds]))
+start = time.process_time()  # of one thread: how long it takes where nothing else runs
+train(TASK, subject, model, data, Training(steps=4, evaluations=1), 1e-3, seed=0, memory=memory)
+seconds = time.process_time() - start
+print(json.dumps([predicted.peak_bytes, memory.peak_bytes(), predicted.seconds, seconds]))
 """
 
 
@@ -177,8 +177,10 @@ def test_seconds_are_those_of_the_slowest_limit():
             Work(0, 8, torch.int64): 1000,
         }
     )
-    assert SPEED.seconds(work) == pytest.approx(2 * 1 + 0.5 + 3 * 1 + 1000 * 1e-5)
-    assert SPEED.seconds(work, 0.5) == pytest.approx(1 + 0.25 + 1.5 + 1000 * 1e-5)
+    speed = dataclasses.replace(SPEED, device="cuda")
+    assert speed.seconds(work) == pytest.approx(2 * 1 + 0.5 + 3 * 1 + 1000 * 1e-5)
+    assert speed.seconds(work, 0.5) == pytest.approx(1 + 0.25 + 1.5 + 1000 * 1e-5)
+    assert SPEED.seconds(work) == pytest.approx(module.OVERHEAD * speed.seconds(work))
 
 
 def test_more_rows_take_more(bert):
@@ -223,6 +225,7 @@ def test_quantized_weights_take_fewer_bytes(bert, quantization):
     bits = 8.5 if quantization == "int8" else 4.5
     saved = projections * (4 - bits / 8)
     assert plain.steady_bytes - quantized.steady_bytes == pytest.approx(saved, rel=0.03)
+    assert quantized.seconds - module.START_SECONDS > 0.7 * (plain.seconds - module.START_SECONDS)
 
 
 def test_bfloat16_takes_less_memory_than_float32(bert):
@@ -322,5 +325,5 @@ def test_forecast_is_near_what_is_measured(tmp_path, method):
     assert done.returncode == 0, done.stderr[-3000:]
     peak, measured_peak, seconds, measured_seconds = json.loads(done.stdout.splitlines()[-1])
     assert 1 / 1.5 < peak / measured_peak < 1.5
-    # Others may use the machine at one of the two moments.
-    assert 1 / 5 < (seconds - module.START_SECONDS) / measured_seconds < 5
+    # Twice that of the documentation: others may use the machine's memory meanwhile.
+    assert 1 / 4 < (seconds - module.START_SECONDS) / measured_seconds < 4

@@ -55,6 +55,12 @@ _FORMULAS: Mapping[Any, Any] = {
 """Floating-point operations of what torch's own counter leaves out."""
 
 
+def _product(x: Tensor, out: Tensor) -> int:
+    """Of an operation that may multiply the rows of x, (rows, in), with a matrix, as (rows, out) shows."""
+    rows = x.dim() == out.dim() == 2 and x.shape[0] == out.shape[0]
+    return 2 * x.numel() * out.shape[1] if rows else 0
+
+
 @dataclass(frozen=True)
 class Work:
     """One operation: what it computes, and what it moves."""
@@ -130,7 +136,10 @@ class Trace(TorchDispatchMode):
             taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             moved = sum(tensor.numel() * tensor.element_size() for tensor in (*taken, *made))
             formula = _FORMULAS.get(packet) or flop_counter.flop_registry.get(packet)
-            flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+            if formula is not None:
+                flops = int(formula(*args, **kwargs, out_val=out))
+            else:
+                flops = _product(taken[0], made[0]) if func.namespace == "peftkit" and taken else 0
             self.work[Work(flops, moved, made[0].dtype)] += 1
         return out
 
