@@ -105,6 +105,7 @@ def test_results_are_a_line_of_csv_each(tmp_path: Path) -> None:
     assert float(lora["score"]) == pytest.approx(0.7)
     assert (lora["peak_bytes"], lora["steady_bytes"]) == ("123000000.0", "67000000.0")
     assert rows["Prefix"]["merged_latency_seconds"] == rows["(IA)³"]["budget"] == ""
+    assert rows["(IA)³"]["at_budget"] == ""
 
 
 def test_front_holds_what_nothing_beats_in_accuracy_and_parameters(tmp_path: Path) -> None:
@@ -231,6 +232,7 @@ def test_page_is_self_contained_and_well_formed(tmp_path: Path, monkeypatch: pyt
     assert "http" not in body
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
     for colour in re.findall(r"(?:fill|stroke): (#\w+)", page):
         assert colour in ("#000000",), f"{colour} would not follow the page into the dark"
 
