@@ -225,7 +225,16 @@ def test_quantized_weights_take_fewer_bytes(bert, quantization):
     bits = 8.5 if quantization == "int8" else 4.5
     saved = projections * (4 - bits / 8)
     assert plain.steady_bytes - quantized.steady_bytes == pytest.approx(saved, rel=0.03)
-    assert quantized.seconds - module.START_SECONDS > 0.7 * (plain.seconds - module.START_SECONDS)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_products_with_quantized_weights_take_time(bert, quantization):
+    products = dataclasses.replace(SPEED, bytes_per_second=1e15, operation_seconds=0.0)
+    seconds = [
+        predicted(bert, quantization=each, speed=products).seconds - module.START_SECONDS
+        for each in (None, quantization)
+    ]
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.1)
 
 
 def test_bfloat16_takes_less_memory_than_float32(bert):

@@ -189,9 +189,8 @@ def traced(
 
 @contextlib.contextmanager
 def _without_data() -> Iterator[None]:
-    """Inside the block tensors have shapes, dtypes and devices, and no data; torch's generator stays as it is."""
+    """Inside the block tensors have shapes, dtypes and devices, and no data."""
     with (
-        torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         FakeTensorMode(allow_non_fake_inputs=True),
