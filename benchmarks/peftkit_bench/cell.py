@@ -196,7 +196,7 @@ def train(
     Args:
         learning_rate: of the method; the head's is `training.head_learning_rate`.
         seed: of the order of the rows.
-        memory: measures what is held between steps; None: nothing is measured.
+        memory: measures what is held between steps, each time before the stop split is predicted; None: nothing is.
     """
     device = next(model.parameters()).device
     adapter, head = subject.parameters(model)
@@ -238,12 +238,12 @@ def train(
             optimizer.zero_grad()
             schedule.step()
         found.seconds += watch.seconds
-        if memory is not None:
-            held.append(memory.held_bytes())
         if not math.isfinite(total):
             break
         found.losses.append(total)
         if step + 1 in looks:
+            if memory is not None:
+                held.append(memory.held_bytes())
             score, improved = _look(task, subject, model, prepared, training, device, found.stopping)
             found.stopping.append((step + 1, score))
             if improved:

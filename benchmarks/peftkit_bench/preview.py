@@ -74,6 +74,7 @@ def predicted(suite: Suite, prepared: Prepared, candidate: Candidate, speed: Any
         evaluations=suite.training.evaluations,
         evaluated_rows={name: len(split) for name, split in prepared.splits.items()},
         speed=speed,
+        precision=suite.training.precision,
     )
 
 

@@ -142,7 +142,8 @@ class Record(_Line):
     peak_bytes: int
     """Peak memory of training over what the process held before the backbone was loaded."""
     steady_bytes: int
-    """What is held between two training steps, over the same floor; the median of all steps."""
+    """What is held between two training steps, over the same floor, freed memory given back; the median of the times
+    that the stop split is predicted."""
     memory_method: str
     """How they were taken."""
     adapter_bytes: int

@@ -49,6 +49,7 @@ class Training:
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises from zero; it then falls linearly to zero."""
     weight_decay: float = 0.0
+    """Of AdamW."""
     head_learning_rate: float = 1e-2
     """Of the task's new head, the same for every method."""
     clip_norm: float = 1.0
