@@ -124,8 +124,8 @@ def how(found: Findings, pairs: bool) -> list[tuple[str, str]]:
         ),
         "Memory": (
             f"median over seeds, over what the process held before the backbone was loaded; {first.memory_method}. "
-            "Peak: the most at any moment of training; steady: what is held between two steps, memory that was freed given "
-            "back, the median of the times that the stop split was predicted. Full "
+            "Peak: the most at any moment of training; steady: what is held between two steps, memory that was freed "
+            "given back, the median of the times that the stop split was predicted. Full "
             "fine-tuning through peftkit keeps the frozen weights beside the trained ones, which is part of its number."
         ),
         "On disk": "the saved adapter folder, head included.",
