@@ -66,10 +66,10 @@ def run(
             console.print(f"{known} cells are recorded already")
         with record.writer(out) as writer:
             failures = _run_cells(parts, writer, workers, console)
-        written = report.write([out], out)
+        written = report.write([out], out) if any(part.records for part in parts) else None
     except RecordError as error:
         raise BenchError(str(error)) from None
-    if failures:
+    if failures or written is None:
         raise BenchError(
             f"{len(failures)} cells failed, the records of the others are in {out}; "
             "running the same command again runs only what is missing\n" + "\n".join(failures)
