@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,10 +111,10 @@ def test_data_set_raises_when_sizes_or_origins_cannot_be_met(tmp_path: Path) -> 
 
 
 def test_cache_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(value: object, file: object) -> None:
+    def broken(source: object, destination: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(json, "dump", broken)
+    monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "src", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

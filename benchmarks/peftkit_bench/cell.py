@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from peftkit_bench import measure, subjects
 from peftkit_bench.cells import Cell
 from peftkit_bench.metrics import METRICS
-from peftkit_bench.preparing import GENERAL
+from peftkit_bench.quiet import quiet
 from peftkit_bench.record import Outcomes, Record
 from peftkit_bench.spec import Subject
 from peftkit_bench.suite import Suite, Training
 from peftkit_bench.tasks.batching import moved, training_order
-from peftkit_bench.tasks.contract import Batch, Prepared, Task
+from peftkit_bench.tasks.contract import GENERAL, Batch, Prepared, Task
 
 LATENCY_ROWS, LATENCY_TOKENS, LATENCY_REPEATS, LATENCY_WARMUP = 1, 32, 30, 5
 TIMED = ("latency_seconds", "merged_latency_seconds", "base_latency_seconds", "merged_logit_difference", "effect_kept")
@@ -371,22 +371,6 @@ def _timed(model: nn.Module, batch: Batch) -> tuple[float, tuple[Tensor, Tensor]
     model.eval()
     seconds = measure.median_seconds(lambda: model(**batch), repeats=LATENCY_REPEATS, warmup=LATENCY_WARMUP)
     return seconds, _outputs(model, batch)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' loading bars and notes about the new head off the screen."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _device_name(device: torch.device) -> str:

@@ -17,10 +17,9 @@ from torch import nn
 
 from peftkit.quantize import quantizable
 from peftkit_bench import measure, tracing
-from peftkit_bench.preparing import GENERAL
 from peftkit_bench.spec import Contender, Resolved, Subject
 from peftkit_bench.tasks.batching import length, training_order
-from peftkit_bench.tasks.contract import Batch, Prepared, Split, Task
+from peftkit_bench.tasks.contract import GENERAL, Batch, Prepared, Split, Task
 from peftkit_bench.tracing import Pass, Step, Work
 
 EVALUATION_ROWS = 128

@@ -22,7 +22,6 @@ import peftkit
 from peftkit.errors import PeftkitError
 from peftkit_bench import cells as comparisons
 from peftkit_bench import record, report, subjects
-from peftkit_bench.cell import quiet
 from peftkit_bench.cell import train as fit
 from peftkit_bench.engine import BenchError, duration
 from peftkit_bench.merge_suite import Adapter, MergeSuite, load
@@ -36,6 +35,7 @@ from peftkit_bench.merge_yardstick import (
     stored_weights,
 )
 from peftkit_bench.preparing import prepare
+from peftkit_bench.quiet import quiet
 from peftkit_bench.record import MergeRecord, RecordError, digest
 from peftkit_bench.spec import Resolved, SuiteError
 from peftkit_bench.strict import require

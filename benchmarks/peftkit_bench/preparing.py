@@ -13,10 +13,7 @@ from transformers import AutoTokenizer
 from peftkit_bench.data.dataset import SPLITS, DataError, Example
 from peftkit_bench.spec import SuiteError
 from peftkit_bench.suite import Backbone, Suite
-from peftkit_bench.tasks.contract import Prepared, RowError, Split, Task
-
-GENERAL = "general"
-"""The split on which forgetting is measured."""
+from peftkit_bench.tasks.contract import GENERAL, Prepared, RowError, Split, Task
 
 
 def prepare(suite: Suite) -> Prepared:

@@ -374,7 +374,7 @@ def validation_nats(model: nn.Module, windows: Tensor, at_once: int) -> float:
 
 def _store(model: Any, tokenizer: PreTrainedTokenizerFast, card: Mapping[str, Any], folder: Path) -> None:
     """Writes everything beside its place, and then moves it there in one step."""
-    from peftkit_bench.cell import quiet
+    from peftkit_bench.quiet import quiet
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

@@ -11,13 +11,14 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TextIO, TypeVar
+
+from peftkit_bench.placing import place
 
 try:
     import fcntl
@@ -358,24 +359,11 @@ class Writer:
     def append(self, record: AnyRecord, outcomes: Outcomes | None = None) -> None:
         """Adds one line in one write; the file of its outcomes is there, whole, before it."""
         if outcomes is not None:
-            self._place(self._folder / OUTCOMES / f"{record.key}.json.gz", outcomes.to_text())
+            packed = gzip.compress(outcomes.to_text().encode(), mtime=0)
+            place(self._folder / OUTCOMES / f"{record.key}.json.gz", packed)
         self._file.write(record.to_line())
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def _place(self, path: Path, text: str) -> None:
-        path.parent.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(gzip.compress(text.encode(), mtime=0))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
 
 @contextmanager

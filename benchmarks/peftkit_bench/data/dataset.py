@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from peftkit.errors import PeftkitError
+from peftkit_bench.placing import place
 from peftkit_bench.record import digest
 from peftkit_bench.tasks.contract import Task
 
@@ -70,6 +72,17 @@ class Source(Protocol):
         Raises:
             DataError: it cannot be built or read; names the file and the line.
         """
+
+
+def kept(path: Path, build: Callable[[], Dataset]) -> Dataset:
+    """The data set in a file; built, and kept there, where there is none yet."""
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        splits = {name: tuple(Example(**row) for row in rows) for name, rows in found["splits"].items()}
+        return Dataset(name=found["name"], splits=splits, versions=found["versions"], notes=tuple(found["notes"]))
+    made = build()
+    place(path, json.dumps(asdict(made)))
+    return made
 
 
 def default_cache() -> Path:

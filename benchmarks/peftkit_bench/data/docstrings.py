@@ -11,20 +11,17 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
 import platform
 import re
 import sysconfig
-import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache
+from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache, kept
 from peftkit_bench.record import digest
 from peftkit_bench.tasks.contract import Task
 
@@ -112,11 +109,8 @@ def docstring_origin(
     stamp = [VERSION, versions, sizes, {o: [(str(f.relative_to(folders[o])), f.stat().st_size) for f in files[o]]
                                         for o in origins}]  # fmt: skip
     path = (cache or default_cache()) / f"docstring-origin-{digest(stamp)}.json"
-    if path.exists():
-        return _load(path)
-    made = _build(origins, folders, files, versions, {k: v // len(origins) for k, v in sizes.items()})
-    _store(made, path)
-    return made
+    shares = {name: size // len(origins) for name, size in sizes.items()}
+    return kept(path, lambda: _build(origins, folders, files, versions, shares))
 
 
 def source_root(origin: str) -> Path:
@@ -314,22 +308,3 @@ def _build(
         for name, rows in chosen.items()
     }
     return Dataset(name="docstring origin", splits=splits, versions=dict(versions))
-
-
-def _store(made: Dataset, path: Path) -> None:
-    """Writes the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(made), file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _load(path: Path) -> Dataset:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    splits = {name: tuple(Example(**row) for row in rows) for name, rows in found["splits"].items()}
-    return Dataset(name=found["name"], splits=splits, versions=found["versions"])

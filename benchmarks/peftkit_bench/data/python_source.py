@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import ClassVar
 
 from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache
 from peftkit_bench.data.docstrings import STANDARD_LIBRARY, source_root
+from peftkit_bench.placing import place
 from peftkit_bench.record import digest
 from peftkit_bench.tasks.contract import Task
 
@@ -153,7 +152,7 @@ class PythonSource:
                  {o: [(f.source, f.path.stat().st_size) for f in found] for o, found in files.items()}]  # fmt: skip
         path = default_cache() / f"python-source-{digest(stamp)}.json"
         if not path.exists():
-            _store(_build(files, self.part, sizes, self.characters), path)
+            place(path, json.dumps(_build(files, self.part, sizes, self.characters)))
         rows = json.loads(path.read_text(encoding="utf-8"))
         number = {source: n for n, source in enumerate(sorted({s for found in rows.values() for s, _ in found}))}
         splits = {
@@ -226,16 +225,3 @@ def _chosen(what: str, shares: Mapping[str, int]) -> str:
 
 def _rank(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _store(made: Mapping[str, list[tuple[str, str]]], path: Path) -> None:
-    """Writes the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(made, file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -21,20 +21,17 @@ import ast
 import builtins
 import hashlib
 import io
-import json
-import os
 import platform
 import re
 import sysconfig
-import tempfile
 import tokenize
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache
+from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache, kept
 from peftkit_bench.data.docstrings import without_duplicates
 from peftkit_bench.record import digest
 from peftkit_bench.tasks.contract import Task
@@ -97,13 +94,7 @@ def python_tags(sizes: Mapping[str, int], *, root: Path | None = None, cache: Pa
     files = sorted(f for f in folder.rglob("*.py") if not _SKIPPED & set(f.relative_to(folder).parts[:-1]))
     stamp = [VERSION, version, sizes, [(f.relative_to(folder).as_posix(), f.stat().st_size) for f in files]]
     path = (cache or default_cache()) / f"python-tags-{digest(stamp)}.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        splits = {name: tuple(Example(**row) for row in rows) for name, rows in found["splits"].items()}
-        return Dataset(name=found["name"], splits=splits, versions=found["versions"])
-    made = _build(folder, files, sizes, version)
-    _store(made, path)
-    return made
+    return kept(path, lambda: _build(folder, files, sizes, version))
 
 
 def _rank(text: str) -> str:
@@ -134,19 +125,6 @@ def _build(folder: Path, files: Sequence[Path], sizes: Mapping[str, int], versio
         there = ", ".join(f"{name} {len(splits[name])}" for name in sizes)
         raise DataError(f"expected different functions for {asked}, found {there}; ask for fewer rows")
     return Dataset(name="python tags", splits=splits, versions={"python": version})
-
-
-def _store(made: Dataset, path: Path) -> None:
-    """Writes the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(made), file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # From a source file to windows --------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from peftkit_bench import record
+from peftkit_bench.placing import place
 from peftkit_bench.record import MergeRecord, Record, RecordError
 from peftkit_bench.report import (
     across,
@@ -93,10 +92,10 @@ def write(records_dirs: Sequence[Path], out: Path) -> Path:
         section["anchor"] = f"section-{i + 1}"
     for template in ("report.md", "index.html"):
         made = _environment(html=template.endswith("html")).get_template(f"{template}.j2")
-        _place(out / template, made.render(sections=sections))
+        place(out / template, made.render(sections=sections))
     if everything:
-        _place(out / "results.csv", table_csv.results(everything))
-        _place(out / "comparisons.csv", table_csv.comparisons(everything))
+        place(out / "results.csv", table_csv.results(everything))
+        place(out / "comparisons.csv", table_csv.comparisons(everything))
     return out / "index.html"
 
 
@@ -114,19 +113,6 @@ def _by_split(group: list[Record]) -> list[list[Record]]:
 
 def _plotter(out: Path, index: int) -> _Plotter:
     return _Plotter(out, "" if index == 0 else f"-{index + 1}")
-
-
-def _place(path: Path, text: str) -> None:
-    """Writes the whole file or leaves the old one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _environment(*, html: bool) -> jinja2.Environment:
@@ -256,14 +242,14 @@ def _search_section(group: Sequence[Record], plotter: _Plotter) -> dict[str, Any
 def _across_section(levels: Sequence[Across], plotter: _Plotter) -> dict[str, Any]:
     """What the templates show of several tasks that share contenders."""
     parts = []
-    for place, each in enumerate(levels):
+    for level, each in enumerate(levels):
         names = list(each.friedman.methods)
         parts.append(
             {
                 "heading": f"At {each.level}" if each.level and len(levels) > 1 else "",
                 "answer": across.answer(each),
                 "plot": plotter(
-                    f"ranks{f'-{place + 1}' if place else ''}", ranks.ranks_figure(each),
+                    f"ranks{f'-{level + 1}' if level else ''}", ranks.ranks_figure(each),
                     "Average ranks with the critical difference; the numbers are in the table",
                 ),
                 "rows": [

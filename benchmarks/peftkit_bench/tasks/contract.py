@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from peftkit.errors import PeftkitError
 
+GENERAL = "general"
+"""The split on which forgetting is measured."""
 Batch = dict[str, Tensor]
 """Arguments of the model's forward by name, and `labels`."""
 
