@@ -112,7 +112,7 @@ def _names(table: Table, task: Task, columns: Mapping[str, str]) -> dict[str, st
         elif column.required:
             raise DataError(
                 f"{table.name}: expected a column {column.name!r} ({column.what}); {has}; say which of them it is with "
-                f"`columns: {{{column.name}: ...}}`"
+                f"`columns: {{{column.name}: ...}}` in a suite, or --column {column.name}=..."
             )
     if GROUP in there:
         found.setdefault(GROUP, GROUP)
