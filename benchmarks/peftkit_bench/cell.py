@@ -141,7 +141,7 @@ def run_cell(job: Job) -> Finished:
         total_parameters=resolved.total_parameters,
         score=finite(metric.score(outcomes.counts)),
         outcomes=outcomes.digest,
-        losses=[round(loss, 6) for loss in trained.losses],
+        losses=[round(loss, 4) for loss in trained.losses],
         stopping=[[step, round(score, 6)] for step, score in trained.stopping],
         stopping_measure=stopping_measure(task)[0],
         best_step=trained.best_step,

@@ -127,6 +127,10 @@ def _p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
+def _p_cell(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _plain(metric: Metric, value: float) -> str:
     """A number in points for a share, with a sign only where it is negative."""
     return f"{100 * value:.1f}" if metric.percent else f"{value:.3f}"
@@ -165,8 +169,8 @@ def _table(verdict: Verdict) -> str:
             *(metric.shown(score.mean) for score in task.scores),
             _signed(metric, found.mean),
             f"{_signed(metric, found.low)} to {_signed(metric, found.high)}",
-            f"{task.p:.3f}",
-            f"{task.p_corrected:.3f}",
+            _p_cell(task.p),
+            _p_cell(task.p_corrected),
             better,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -182,7 +186,7 @@ def _runs(verdict: Verdict) -> str:
     ]
     lines += [
         f"| {task.data} | {f'{task.budget:,}' if task.budget is not None else '-'} | {seed} | {run.first_only} | "
-        f"{run.second_only} | {run.p:.3f} |"
+        f"{run.second_only} | {_p_cell(run.p)} |"
         for task in verdict.tasks
         for seed, run in task.runs
     ]

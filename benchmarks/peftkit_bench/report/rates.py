@@ -38,7 +38,7 @@ def rates_figure(searched: Sequence[Tuning], metric: Metric, title: str) -> Figu
         found[0].set_xscale("log")
         found[0].set_xlim(10 ** (low - room), 10 ** (high + room))
         found[0].xaxis.set_major_locator(FixedLocator([10.0**p for p in range(math.floor(low), math.ceil(high) + 1)]))
-        found[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        found[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$10^{{{round(math.log10(value))}}}$"))
         found[0].xaxis.set_minor_locator(NullLocator())
         for axes, (name, mine) in zip(found, by_contender.items(), strict=True):
             axes.set_title(name, loc="left", fontsize=10.5, pad=4)
