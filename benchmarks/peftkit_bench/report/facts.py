@@ -106,9 +106,8 @@ def how(found: Findings, pairs: bool) -> list[tuple[str, str]]:
             "95 %, for other seeds and other examples: the variance between training runs, pooled over methods because "
             "few seeds say little about each by itself, and the variance between groups of examples "
             f"({found.rows[0].score.groups:,} of them: examples of one group, such as one file, are not independent) "
-            "are added, with Satterthwaite's degrees of freedom. What an example adds to a score that is no mean is "
-            "its jackknife value. What seeds and examples share in variance counts twice, so the interval errs on the "
-            "wide side."
+            "are added, what both hold is taken off once, and the degrees of freedom are Satterthwaite's. What an "
+            "example adds to a score that is no mean is its jackknife value."
         ),
         "Tests": (
             f"paired on the stored predictions ({', '.join(tests) or 'none'}): the difference of two methods on the "
