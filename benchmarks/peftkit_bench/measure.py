@@ -64,7 +64,7 @@ class PeakMemory:
                 "peak resident memory of a process of its own during training (the kernel's VmHWM, reset when training "
                 "starts), less what the process held before the backbone was loaded"
             )
-            self._floor = _status_bytes("VmRSS")
+            self._floor = _resident_bytes()
         else:
             self.method = (
                 "peak resident memory of a process of its own (getrusage), less its peak before the backbone was loaded"
@@ -89,10 +89,7 @@ class PeakMemory:
             return max(0, torch.cuda.memory_allocated(self.device) - self._floor)
         if not CAN_RESET:
             return 0
-        trim = _malloc_trim()
-        if trim is not None:
-            trim(0)
-        return max(0, _status_bytes("VmRSS") - self._floor)
+        return max(0, _resident_bytes() - self._floor)
 
     def peak_bytes(self) -> int:
         """The peak since `start`, over the floor; 0 where a process that trains a tiny model shrank below it."""
@@ -108,6 +105,13 @@ def _malloc_trim() -> Callable[[int], int] | None:
     """glibc's function that gives freed memory back to the system; None with another C library."""
     found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return found
+
+
+def _resident_bytes() -> int:
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+    return _status_bytes("VmRSS")
 
 
 def _status_bytes(name: str) -> int:
