@@ -77,6 +77,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif CAN_RESET:
+            _resident_bytes()  # gives back what was freed, so that it does not stand in the high-water mark
             _CLEAR.write_text("5")
 
     def held_bytes(self) -> int:
