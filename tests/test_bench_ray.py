@@ -199,8 +199,12 @@ def on_cluster(folder: Path) -> dict[str, Any]:
             for number, found in enumerate(super().outcomes(ready)):
                 if number == 0:
                     cluster.remove_node(second, allow_graceful=False)
-                yield found
+                else:
+                    limit = time.monotonic() + 60
+                    while len(self._machines()) > 1 and time.monotonic() < limit:
+                        time.sleep(0.1)  # Ray takes a while to notice
                 alive.append(len(self._machines()))
+                yield found
 
     ray_workers.RayWorkers = Losing  # type: ignore[misc]
     page = engine.run(folder / "smoke.yaml", folder / "ray", ray=cluster.address, progress=True)
