@@ -56,6 +56,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        gc.collect()  # what is garbage now must not be missing from what is held later
         if device.type == "cuda":
             self.method = "peak of the CUDA allocator during training"
             self._floor = torch.cuda.memory_allocated(device)

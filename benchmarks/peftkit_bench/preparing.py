@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -102,11 +103,15 @@ def backbone_folder(backbone: Backbone) -> str:
 
 def weights_hash(folder: Path) -> str | None:
     """SHA-256 of the weight files in a folder, 16 hex digits; None for a name on a hub."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return None
+    files = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return _hash(tuple((path, found.st_size, found.st_mtime_ns) for path, found in files)) if files else None
+
+
+@functools.cache
+def _hash(files: Sequence[tuple[Path, int, int]]) -> str:
+    """Of files with their sizes and times, so that the parts of a suite do not read one backbone again and again."""
     found = hashlib.sha256()
-    for path in files:
+    for path, _, _ in files:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 found.update(block)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from peftkit_bench import subjects
 from peftkit_bench.cells import Candidate
 from peftkit_bench.engine import Part, duration, planned
-from peftkit_bench.forecast import Forecast, forecast, machine_speed
+from peftkit_bench.forecast import Forecast, Speed, forecast, machine_speed
 from peftkit_bench.metrics import METRICS
 from peftkit_bench.suite import Suite, load
 from peftkit_bench.tasks.contract import Prepared
@@ -21,12 +20,12 @@ HEADINGS = ("contender", "budget", "size", "trainable", "head", "learning rate",
 
 def text(suites: Sequence[Suite] | Path) -> str:
     """A table of contenders with solved sizes, counts, cells, memory and time; nothing is run."""
-    return "\n\n".join(_part(part) for part in planned(load(suites) if isinstance(suites, Path) else suites))
-
-
-def _part(part: Part) -> str:
-    suite, prepared = part.suite, part.prepared
     speed = machine_speed()
+    return "\n\n".join(_part(part, speed) for part in planned(load(suites) if isinstance(suites, Path) else suites))
+
+
+def _part(part: Part, speed: Speed) -> str:
+    suite, prepared = part.suite, part.prepared
     rows: list[Sequence[str]] = [HEADINGS]
     seconds, cells, approximate = 0.0, 0, False
     for candidate in part.candidates:
@@ -61,7 +60,7 @@ def _search_cells(suite: Suite, candidate: Candidate) -> int:
     return (suite.tune.trials or len(suite.tune.learning_rates)) * len(suite.tune.seeds)
 
 
-def predicted(suite: Suite, prepared: Prepared, candidate: Candidate, speed: Any) -> Forecast:
+def predicted(suite: Suite, prepared: Prepared, candidate: Candidate, speed: Speed) -> Forecast:
     """Memory and time of one cell."""
     return forecast(
         suite.task,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peftkit.errors import nearest
-from peftkit_bench.spec import SuiteError
+from peftkit_bench.registry import imported
 
 if TYPE_CHECKING:
     from peftkit_bench.data.dataset import Source
@@ -28,8 +26,5 @@ def source_class(name: str) -> type[Source]:
     Raises:
         SuiteError: there is no such source.
     """
-    if name not in SOURCES:
-        raise SuiteError(f"data, source: {nearest(name, SOURCES)}")
-    module, _, cls = SOURCES[name].partition(":")
-    found: type[Source] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+    found: type[Source] = imported(SOURCES, name, __name__, "data, source")
     return found

@@ -104,7 +104,7 @@ def docstring_origin(
         if size <= 0 or size % len(origins):
             raise DataError(f"{name}: expected a multiple of {len(origins)} (one share an origin), found {size}")
     folders = dict(roots) if roots is not None else {origin: source_root(origin) for origin in origins}
-    files = {origin: sorted(_python_files(folders[origin])) for origin in origins}
+    files = {origin: sorted(python_files(folders[origin])) for origin in origins}
     versions = {origin: _version(origin) if roots is None else "given" for origin in origins}
     stamp = [VERSION, versions, sizes, {o: [(str(f.relative_to(folders[o])), f.stat().st_size) for f in files[o]]
                                         for o in origins}]  # fmt: skip
@@ -143,19 +143,21 @@ class _Raw:
     split: str
 
 
-def _python_files(root: Path) -> Iterator[Path]:
+def python_files(root: Path) -> Iterator[Path]:
+    """The Python files below a folder, tests, vendored packages and the like left out."""
     for path in root.rglob("*.py"):
         if not _SKIPPED & set(path.relative_to(root).parts[:-1]):
             yield path
 
 
-def _rank(source: str) -> str:
+def rank(source: str) -> str:
+    """What an order that looks random, and is the same everywhere, is made by: a hash."""
     return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _split_of(source: str, shares: Mapping[str, int]) -> str:
     """The split of a file: by a hash of its name, in proportion to the sizes."""
-    position = int(_rank("split " + source)[:12], 16) / 16**12 * sum(shares.values())
+    position = int(rank("split " + source)[:12], 16) / 16**12 * sum(shares.values())
     for name, share in shares.items():
         if position < share:
             return name
@@ -194,12 +196,12 @@ def _collect(origin: str, root: Path, files: Sequence[Path], shares: Mapping[str
     """Docstrings of files in hash order, until each split has three times what it needs."""
     missing = {name: 3 * share for name, share in shares.items()}
     named = sorted((f"{origin}/{f.relative_to(root).as_posix()}", f) for f in files)
-    for source, path in sorted(named, key=lambda pair: _rank(pair[0])):
+    for source, path in sorted(named, key=lambda pair: rank(pair[0])):
         split = _split_of(source, shares)
         if missing[split] <= 0:
             continue
         texts = [t for t in first_paragraphs(path.read_bytes()) if len(_WORD.findall(t.lower())) >= MIN_WORDS]
-        for text in sorted(texts, key=_rank)[:PER_FILE]:
+        for text in sorted(texts, key=rank)[:PER_FILE]:
             missing[split] -= 1
             yield _Raw(text, source, split)
 
@@ -286,7 +288,7 @@ def _build(
             if len(normalise(text).split()) >= MIN_WORDS:
                 pool.append((label, found.split, found.source, text))
     # Duplicates are dropped in hash order, so that no origin is favoured.
-    pool.sort(key=lambda row: _rank(f"{row[2]} {row[3]}"))
+    pool.sort(key=lambda row: rank(f"{row[2]} {row[3]}"))
     pool = [pool[index] for index in without_duplicates([row[3] for row in pool])]
     chosen: dict[str, list[tuple[int, str, str, str]]] = {name: [] for name in shares}
     for label, origin in enumerate(origins):
@@ -303,7 +305,7 @@ def _build(
     splits = {
         name: tuple(
             Example(fields={"text": text, "label": origins[label]}, group=number[source], source=source)
-            for label, _, source, text in sorted(rows, key=lambda row: _rank(row[3]))
+            for label, _, source, text in sorted(rows, key=lambda row: rank(row[3]))
         )
         for name, rows in chosen.items()
     }

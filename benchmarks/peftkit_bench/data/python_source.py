@@ -7,7 +7,6 @@ that is not in PRETRAINING is new to such a decoder, and may be adapted to. File
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache
-from peftkit_bench.data.docstrings import STANDARD_LIBRARY, source_root
+from peftkit_bench.data.docstrings import STANDARD_LIBRARY, python_files, rank, source_root
 from peftkit_bench.placing import place
 from peftkit_bench.record import digest
 from peftkit_bench.tasks.contract import Task
@@ -37,9 +36,6 @@ MAX_FILE = 100_000
 """Of a file that is longer, mostly a table of data, this many characters are read."""
 MIN_SHARE = 0.5
 """A window is at least this share of the asked-for length."""
-
-_SKIPPED = {"test", "tests", "testing", "_vendor", "_distutils", "__pycache__", "site-packages", "dist-packages",
-            "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "config"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +66,8 @@ def source_files(origin: str, root: Path | None = None) -> list[SourceFile]:
         DataError: it is not installed.
     """
     folder = root or source_root(origin)
-    found = []
-    for path in folder.rglob("*.py"):
-        within = path.relative_to(folder)
-        if not _SKIPPED & set(within.parts[:-1]):
-            found.append(SourceFile(source=f"{origin}/{within.as_posix()}", path=path))
-    return sorted(found, key=lambda file: _rank(file.source))
+    found = [SourceFile(source=f"{origin}/{p.relative_to(folder).as_posix()}", path=p) for p in python_files(folder)]
+    return sorted(found, key=lambda file: rank(file.source))
 
 
 def share(source: str) -> str:
@@ -190,7 +182,7 @@ def _build(
             if share(file.source) != part:
                 continue
             pool = pools[_chosen("split " + file.source, sizes)].setdefault(origin, [])
-            for text in sorted(set(windows(file.text, characters)), key=_rank)[:PER_FILE]:
+            for text in sorted(set(windows(file.text, characters)), key=rank)[:PER_FILE]:
                 # Licences and other texts that several files share would be in two splits.
                 same = " ".join(text.split())
                 if same not in seen:
@@ -202,7 +194,7 @@ def _build(
         turns = sorted(
             (turn, index, row)
             for index, pool in enumerate(pools[name].values())
-            for turn, row in enumerate(sorted(pool, key=lambda row: _rank(row[1])))
+            for turn, row in enumerate(sorted(pool, key=lambda row: rank(row[1])))
         )
         rows[name] = [row for _, _, row in turns[:size]]
         if len(rows[name]) < size:
@@ -215,13 +207,9 @@ def _build(
 
 def _chosen(what: str, shares: Mapping[str, int]) -> str:
     """A name, by a hash, in proportion to the shares."""
-    position = int(_rank(what)[:12], 16) / 16**12 * sum(shares.values())
+    position = int(rank(what)[:12], 16) / 16**12 * sum(shares.values())
     for name, part in shares.items():
         if position < part:
             return name
         position -= part
     return max(shares, key=lambda name: shares[name])
-
-
-def _rank(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import hashlib
 import io
 import platform
 import re
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache, kept
-from peftkit_bench.data.docstrings import without_duplicates
+from peftkit_bench.data.docstrings import rank, without_duplicates
 from peftkit_bench.record import digest
 from peftkit_bench.tasks.contract import Task
 
@@ -97,27 +96,23 @@ def python_tags(sizes: Mapping[str, int], *, root: Path | None = None, cache: Pa
     return kept(path, lambda: _build(folder, files, sizes, version))
 
 
-def _rank(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _build(folder: Path, files: Sequence[Path], sizes: Mapping[str, int], version: str) -> Dataset:
     # Half more than what is needed, where there is so much: near duplicates take some away.
     wanted = {name: 1.5 * size for name, size in sizes.items()}
     missing = dict(wanted)
     pool: list[tuple[str, Example]] = []
-    for group, path in enumerate(sorted(files, key=lambda file: _rank(file.relative_to(folder).as_posix()))):
+    for group, path in enumerate(sorted(files, key=lambda file: rank(file.relative_to(folder).as_posix()))):
         # A whole file goes where most is missing for its size.
         split = max(wanted, key=lambda name: missing[name] / wanted[name])
         if missing[split] <= 0:
             break
         source = path.relative_to(folder).as_posix()
-        found = sorted(windows(path.read_bytes()), key=lambda window: _rank(" ".join(window[1])))[:PER_FILE]
+        found = sorted(windows(path.read_bytes()), key=lambda window: rank(" ".join(window[1])))[:PER_FILE]
         missing[split] -= len(found)
         for line, tokens, tags in found:
             fields = {"tokens": tokens, "tags": tags}
             pool.append((split, Example(fields=fields, group=group, source=f"{source}:{line}")))
-    pool.sort(key=lambda pair: _rank(f"{pair[1].source} {' '.join(pair[1].fields['tokens'])}"))
+    pool.sort(key=lambda pair: rank(f"{pair[1].source} {' '.join(pair[1].fields['tokens'])}"))
     pool = [pool[index] for index in without_duplicates([" ".join(e.fields["tokens"]) for _, e in pool])]
     splits = {name: tuple(example for split, example in pool if split == name)[:size] for name, size in sizes.items()}
     if any(len(splits[name]) < size for name, size in sizes.items()):

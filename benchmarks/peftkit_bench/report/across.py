@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from peftkit_bench import ranking
 from peftkit_bench.ranking import Friedman, Tally
 from peftkit_bench.record import digest
-from peftkit_bench.report.findings import Contest, Findings, short_count
+from peftkit_bench.report.findings import Contest, Findings
+from peftkit_bench.report.matching import short_count
 from peftkit_bench.report.sentences import listed, p_value
 
 FEWEST_SHARED = 3

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from peftkit_bench.metrics import Metric
 from peftkit_bench.report.costs import bytes_unit
-from peftkit_bench.report.findings import Findings, Row, short_count
+from peftkit_bench.report.findings import Findings, Row
+from peftkit_bench.report.matching import short_count
 from peftkit_bench.report.pairs import RATIOS, Parity
 from peftkit_bench.report.sentences import difference, interval, plus_minus
 from peftkit_bench.report.tuning import Tuning

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftkit_bench.report import labels
-from peftkit_bench.report.findings import Findings, Row, short_count
+from peftkit_bench.report.findings import Findings, Row
 from peftkit_bench.report.labels import Label, Point
 from peftkit_bench.report.marks import MARKERS, bar, colour, legend, point, scale
+from peftkit_bench.report.matching import short_count
 from peftkit_bench.report.sentences import plus_minus, unit
 from peftkit_bench.report.style import ACCENT, BAND, BASE, MUTED, OWN, PALETTE
 from peftkit_bench.report.style import MARKERS as SHAPES

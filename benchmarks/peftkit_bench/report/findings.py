@@ -13,6 +13,7 @@ import numpy as np
 from peftkit_bench import statistics
 from peftkit_bench.metrics import METRICS, Counts, Metric
 from peftkit_bench.record import MergeRecord, Record, RecordError, digest
+from peftkit_bench.report.matching import Key, newest_forms, short_count
 from peftkit_bench.report.tuning import Tuning, tunings
 from peftkit_bench.statistics import Comparison, Estimate
 from peftkit_bench.tables import Table, table
@@ -266,27 +267,15 @@ def findings(group: Sequence[Record]) -> Findings:
     )
 
 
-Key = tuple[str, int | None]
-"""A contender and its budget."""
-
-
 def _newest(finals: Sequence[Record]) -> tuple[dict[Key, tuple[Record, ...]], list[str]]:
-    """The records of each contender and budget in its newest form, by ascending seed; and what was left out."""
-    by_key: dict[Key, list[Record]] = defaultdict(list)
-    for each in sorted(finals, key=lambda r: r.started):
-        by_key[(each.contender, each.budget if each.knob is not None else None)].append(each)
-    chosen: dict[Key, tuple[Record, ...]] = {}
-    changed: dict[str, None] = {}
+    """The records of each contender and budget in its newest form, by ascending seed; and what was left out.
+
+    A contender whose size is solved now and was its own before, or the other way round, has no rows of before.
+    """
+    forms, older = newest_forms(finals)
     solved = {r.contender: r.knob is not None for r in sorted(finals, key=lambda r: r.started)}
-    for key, mine in by_key.items():
-        if solved[key[0]] != (key[1] is not None):
-            changed[key[0]] = None
-            continue
-        newest = mine[-1].variant
-        kept = {r.seed: r for r in mine if r.variant == newest}
-        if any(r.variant != newest for r in mine):
-            changed[key[0]] = None
-        chosen[key] = tuple(kept[seed] for seed in sorted(kept))
+    chosen = {key: found for key, found in forms.items() if solved[key[0]] == (key[1] is not None)}
+    changed = dict.fromkeys(key[0] for key in forms if key not in chosen or key[0] in older)
     return chosen, [f"{name} was run with other settings before; only the newest are shown." for name in changed]
 
 
@@ -299,14 +288,6 @@ def _names(chosen: Iterable[Key]) -> dict[Key, str]:
     twice = {text for text, times in Counter(short.values()).items() if times > 1}
     shown = {budget: f"{budget:,}" if text in twice else text for budget, text in short.items()}
     return {key: key[0] if key[1] is None else f"{key[0]}, {shown[key[1]]}" for key in chosen}
-
-
-def short_count(value: float) -> str:
-    """A count as a person says it: 3k, 75k, 22.7M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def _counts(chosen: dict[Key, tuple[Record, ...]]) -> tuple[dict[Key, Counts], Sequence[int]]:

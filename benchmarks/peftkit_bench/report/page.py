@@ -21,6 +21,7 @@ from peftkit_bench.report import (
     costs,
     facts,
     forgetting,
+    matching,
     merges,
     pairs,
     plots,
@@ -128,7 +129,7 @@ def _environment(*, html: bool) -> jinja2.Environment:
     )
     made.filters.update(
         points=sentences.points, difference=sentences.difference, interval=sentences.interval,
-        listed=sentences.listed, short=finding.short_count, tally=across.tally_text,
+        listed=sentences.listed, short=matching.short_count, tally=across.tally_text,
     )  # fmt: skip
     return made
 
@@ -171,14 +172,14 @@ def _thriftiest(found: Findings) -> dict[str, str]:
     """By the name of a row that has most for the fewest parameters: at which budgets, where there are several."""
     made: dict[str, list[str]] = {}
     for contest in found.contests:
-        where = [finding.short_count(contest.budget)] if contest.budget is not None and len(found.contests) > 1 else []
+        where = [matching.short_count(contest.budget)] if contest.budget is not None and len(found.contests) > 1 else []
         made.setdefault(contest.thriftiest().name, []).extend(where)
     return {name: f" at {sentences.listed(where)}" if where else "" for name, where in made.items()}
 
 
 def _contest(contest: Contest, plotter: _Plotter, several: bool) -> dict[str, Any]:
     """What the templates show of one budget."""
-    where = f"-{finding.short_count(contest.budget)}" if several and contest.budget is not None else ""
+    where = f"-{matching.short_count(contest.budget)}" if several and contest.budget is not None else ""
     return {
         "contest": contest,
         "heading": sentences.at_budget(contest) if several else "",

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from peftkit_bench.report import curves, labels, style
-from peftkit_bench.report.findings import Contest, Findings, short_count
+from peftkit_bench.report.findings import Contest, Findings
 from peftkit_bench.report.labels import Label, Point
 from peftkit_bench.report.marks import MARKERS, bar, colour, legend, point, scale, score_axis, title
+from peftkit_bench.report.matching import short_count
 from peftkit_bench.report.sentences import plus_minus
 from peftkit_bench.report.style import ACCENT, BAND, BASE, GRID, INK, MUTED, OWN, STYLE
 

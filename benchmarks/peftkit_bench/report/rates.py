@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from peftkit_bench.metrics import Metric
 from peftkit_bench.report import style
-from peftkit_bench.report.findings import short_count
 from peftkit_bench.report.marks import scale
+from peftkit_bench.report.matching import short_count
 from peftkit_bench.report.style import ACCENT, BAND, MUTED, OWN, STYLE
 from peftkit_bench.report.tuning import Tuning
 

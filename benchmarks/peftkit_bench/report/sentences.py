@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peftkit_bench.metrics import Metric
-from peftkit_bench.report.findings import Contest, Findings, Row, short_count
+from peftkit_bench.report.findings import Contest, Findings, Row
+from peftkit_bench.report.matching import short_count
 from peftkit_bench.statistics import Comparison, Estimate
 
 

@@ -12,8 +12,9 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from peftkit_bench.report import style
-from peftkit_bench.report.findings import Findings, Row, short_count
+from peftkit_bench.report.findings import Findings, Row
 from peftkit_bench.report.marks import scale
+from peftkit_bench.report.matching import short_count
 from peftkit_bench.report.rates import add_budgets
 from peftkit_bench.report.style import ACCENT, OWN, STYLE
 

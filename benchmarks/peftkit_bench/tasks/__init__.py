@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peftkit.errors import nearest
-from peftkit_bench.spec import SuiteError
+from peftkit_bench.registry import imported
 
 if TYPE_CHECKING:
     from peftkit_bench.tasks.contract import Task
@@ -28,8 +26,5 @@ def task_class(name: str) -> type[Task]:
     Raises:
         SuiteError: there is no such task.
     """
-    if name not in TASKS:
-        raise SuiteError(f"task: {nearest(name, TASKS)}")
-    module, _, cls = TASKS[name].partition(":")
-    found: type[Task] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+    found: type[Task] = imported(TASKS, name, __name__, "task")
     return found
