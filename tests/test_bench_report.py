@@ -85,7 +85,8 @@ def test_every_pair_is_listed_with_the_p_value_of_the_paired_test(tmp_path: Path
     for each in found:
         row = next(r for r in markdown.splitlines() if r.startswith(f"| {each.first} | {each.second} |"))
         verdict = "significant" if each.p_corrected < 0.05 else "not significant"
-        assert row.endswith(f"| {each.p:.4f} | {each.p_corrected:.4f} | {verdict} |")
+        shown = [f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in (each.p, each.p_corrected)]
+        assert row.endswith(f"| {shown[0]} | {shown[1]} | {verdict} |")
         line = listed[each.first, each.second]
         assert float(line["p_corrected"]) == pytest.approx(each.p_corrected)
         assert float(line["difference"]) == pytest.approx(each.difference.mean)

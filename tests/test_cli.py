@@ -303,6 +303,25 @@ def test_bench_compare_reads_the_folders_it_is_given(command, monkeypatch, tmp_p
     assert "no records in reports/*; name the folders" in err
 
 
+def test_bench_pack_says_what_it_wrote_and_how_large_it_is(command, monkeypatch, tmp_path):
+    def pack(folder, out):
+        if folder.name == "empty":
+            raise ValueError("expected records, found none")
+        out.mkdir()
+        (out / "report.md").write_bytes(b"x" * 1500)
+        return out
+
+    monkeypatch.setattr(bench, "_bench_module", lambda name: types.SimpleNamespace(pack=pack))
+    for name in ("in", "empty"):
+        (tmp_path / name).mkdir()
+    code, out, _ = command("bench", "pack", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert (code, out.replace("\n", "")) == (0, f"packed: {tmp_path / 'out'}, 2 kB")
+    for folder, message in (("none", "is not a folder; expected one that"), ("empty", "expected records, found none")):
+        code, _, err = command("bench", "pack", str(tmp_path / folder), str(tmp_path / "out"))
+        assert code == 2
+        assert message in err
+
+
 def test_bench_run_dry_runs_nothing(command, engine, tmp_path):
     suite = tmp_path / "mine.yaml"
     suite.write_text("name: mine\n")

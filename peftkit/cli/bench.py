@@ -128,7 +128,7 @@ def bench_compare(
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Is the first better than the second? The paired test, the effect, its interval, and what would settle it."""
-    folders = records or sorted(path.parent for path in Path("reports").glob("*/records.jsonl"))
+    folders = records or sorted(path.parent for path in Path("reports").glob("*/records.jsonl*"))
     if not folders:
         raise ConfigError("no records in reports/*; name the folders that `peftkit bench run --out` has written")
     for folder in folders:
@@ -155,6 +155,22 @@ def bench_report(
     except ValueError as error:  # the report knows records only, not peftkit's exceptions
         raise ConfigError(str(error)) from None
     print(f"report: {written}")
+
+
+@bench.command("pack")
+def bench_pack(
+    records: Annotated[Path, typer.Argument(help="Folder with records.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the small copy.")],
+) -> None:
+    """Make a copy small enough to commit: records and predictions compressed, report.md with its plots."""
+    if not records.is_dir():
+        raise ConfigError(f"{records} is not a folder; expected one that `peftkit bench run --out` has written")
+    try:
+        written = _bench_module("packing").pack(records, out)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    print(f"packed: {written}, {size / 1e3:,.0f} kB")
 
 
 @bench.command("speed")

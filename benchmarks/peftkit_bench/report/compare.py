@@ -12,6 +12,7 @@ from typing import Any
 from peftkit_bench import record
 from peftkit_bench.metrics import METRICS, Metric
 from peftkit_bench.record import AnyRecord
+from peftkit_bench.report.sentences import p_cell, p_value
 from peftkit_bench.report.verdict import TaskVerdict, Verdict, compare
 
 __all__ = ["Verdict", "compare", "json_text", "sentences", "shown", "text", "to_json"]
@@ -37,7 +38,7 @@ def _over_all(verdict: Verdict) -> str:
         f"{verdict.second} on {losses}, and on {ties} the two cannot be told apart."
     )
     if verdict.over_tasks is not None:
-        said += f" Over the tasks as a sample of tasks: {_p(verdict.over_tasks)} by Wilcoxon's signed ranks."
+        said += f" Over the tasks as a sample of tasks: {p_value(verdict.over_tasks)} by Wilcoxon's signed ranks."
     return said
 
 
@@ -118,17 +119,9 @@ def _tested(task: TaskVerdict) -> str:
     examples = f"{seen.examples:,} examples"
     if seen.groups < seen.examples:
         examples += f" in {seen.groups:,} groups"
-    corrected = f", {_p(task.p_corrected)} corrected" if task.p_corrected != task.p else ""
+    corrected = f", {p_value(task.p_corrected)} corrected" if task.p_corrected != task.p else ""
     article = "" if task.test[0].isupper() else "the "
-    return f"{_p(task.p)} by {article}{task.test} over {seeds} and {examples}{corrected}"
-
-
-def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def _p_cell(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return f"{p_value(task.p)} by {article}{task.test} over {seeds} and {examples}{corrected}"
 
 
 def _plain(metric: Metric, value: float) -> str:
@@ -169,8 +162,8 @@ def _table(verdict: Verdict) -> str:
             *(metric.shown(score.mean) for score in task.scores),
             _signed(metric, found.mean),
             f"{_signed(metric, found.low)} to {_signed(metric, found.high)}",
-            _p_cell(task.p),
-            _p_cell(task.p_corrected),
+            p_cell(task.p),
+            p_cell(task.p_corrected),
             better,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -186,7 +179,7 @@ def _runs(verdict: Verdict) -> str:
     ]
     lines += [
         f"| {task.data} | {f'{task.budget:,}' if task.budget is not None else '-'} | {seed} | {run.first_only} | "
-        f"{run.second_only} | {_p_cell(run.p)} |"
+        f"{run.second_only} | {p_cell(run.p)} |"
         for task in verdict.tasks
         for seed, run in task.runs
     ]

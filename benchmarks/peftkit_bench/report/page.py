@@ -56,19 +56,21 @@ class _Plotter:
     out: Path
     suffix: str
     """Of the files' names; tells sections apart."""
+    dpi: int
 
     def __call__(self, name: str, made: Figure, alt: str, caption: str = "") -> Plot:
         name = f"{name}{self.suffix}"
         # Made by matplotlib from records: nothing in it is a person's markup.
-        return Plot(f"{name}.png", Markup(style.write_figure(made, self.out, name)), alt, caption)
+        return Plot(f"{name}.png", Markup(style.write_figure(made, self.out, name, self.dpi)), alt, caption)
 
 
-def write(records_dirs: Sequence[Path], out: Path) -> Path:
+def write(records_dirs: Sequence[Path], out: Path, *, dpi: int = style.PNG_DPI) -> Path:
     """The path of index.html, written with report.md, CSV tables and plots from the records of the given folders.
 
     Args:
         records_dirs: folders with a `records.jsonl` each, and the predictions beside it.
         out: folder for the report.
+        dpi: of the PNGs, pixels an inch.
 
     Raises:
         RecordError: a file cannot be read, or there are no records at all.
@@ -83,12 +85,12 @@ def write(records_dirs: Sequence[Path], out: Path) -> Path:
     groups = [part for group in finding.grouped(r for r in found if isinstance(r, Record)) for part in _by_split(group)]
     compared = [finding.findings(group) if _finals(group) else None for group in groups]
     everything = [each for each in compared if each is not None]
-    sections = [_across_section(levels, _plotter(out, i)) for i, levels in enumerate(across.across(everything))]
+    sections = [_across_section(levels, _plotter(out, i, dpi)) for i, levels in enumerate(across.across(everything))]
     for i, (group, each) in enumerate(zip(groups, compared, strict=True)):
-        plotter = _plotter(out, i)
+        plotter = _plotter(out, i, dpi)
         sections.append(_search_section(group, plotter) if each is None else _comparison_section(each, plotter))
     merged = finding.grouped(each for each in found if isinstance(each, MergeRecord))
-    sections += [_merge_section(group, _plotter(out, i)) for i, group in enumerate(merged)]
+    sections += [_merge_section(group, _plotter(out, i, dpi)) for i, group in enumerate(merged)]
     for i, section in enumerate(sections):
         section["anchor"] = f"section-{i + 1}"
     for template in ("report.md", "index.html"):
@@ -112,8 +114,8 @@ def _by_split(group: list[Record]) -> list[list[Record]]:
     return [[each for each in group if each.phase != "final" or each.split == split] for split in splits]
 
 
-def _plotter(out: Path, index: int) -> _Plotter:
-    return _Plotter(out, "" if index == 0 else f"-{index + 1}")
+def _plotter(out: Path, index: int, dpi: int) -> _Plotter:
+    return _Plotter(out, "" if index == 0 else f"-{index + 1}", dpi)
 
 
 def _environment(*, html: bool) -> jinja2.Environment:
@@ -129,7 +131,7 @@ def _environment(*, html: bool) -> jinja2.Environment:
     )
     made.filters.update(
         points=sentences.points, difference=sentences.difference, interval=sentences.interval,
-        listed=sentences.listed, short=matching.short_count, tally=across.tally_text,
+        listed=sentences.listed, p_cell=sentences.p_cell, short=matching.short_count, tally=across.tally_text,
     )  # fmt: skip
     return made
 

@@ -42,8 +42,13 @@ def interval(metric: Metric, estimate: Estimate) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p value as a person writes it."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    """A p value as a person writes it in a sentence."""
+    return f"p {p_cell(p)}" if p < 0.001 else f"p = {p_cell(p)}"
+
+
+def p_cell(p: float) -> str:
+    """A p value in a table."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -89,14 +89,14 @@ def budget_alpha(place: int, count: int) -> float:
     return 1.0 if count < 2 else 0.4 + 0.6 * place / (count - 1)
 
 
-def write_figure(made: Figure, folder: Path, name: str) -> str:
+def write_figure(made: Figure, folder: Path, name: str, dpi: int = PNG_DPI) -> str:
     """Writes the figure as PNG and SVG, the latter the same whenever it is made, and returns it as an SVG element.
 
     The element has the page's colour variables in place of fixed colours, and no size of its own.
     """
     stream = io.StringIO()
     with mpl.rc_context(STYLE):
-        made.savefig(folder / f"{name}.png", dpi=PNG_DPI, facecolor="white")
+        made.savefig(folder / f"{name}.png", dpi=dpi, facecolor="white")
         made.savefig(stream, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     text = _rounded(stream.getvalue())
     (folder / f"{name}.svg").write_text(text, encoding="utf-8")
