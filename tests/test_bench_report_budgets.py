@@ -149,6 +149,13 @@ def test_other_rows_are_no_counterparts(tmp_path: Path, changes: dict[str, Any])
     assert pairs.parity(findings.findings(read_back(tmp_path, records))) == []
 
 
+def test_implementations_that_name_a_method_otherwise_are_paired(tmp_path: Path) -> None:
+    records = [made_up("mine", 0.7, 5000, seed, method="prefix") for seed in range(3)]
+    records += [made_up("theirs", 0.7, 5000, seed, subject="peft", method="prefix_tuning") for seed in range(3)]
+    (made,) = pairs.parity(findings.findings(read_back(tmp_path, records)))
+    assert (made.own.name, made.peer.name) == ("mine", "theirs")
+
+
 def test_a_difference_between_implementations_is_said(tmp_path: Path) -> None:
     records = [r for r in standard() if r.contender == "LoRA"]
     records += [made_up("theirs", 0.5, 5000, seed, subject="peft", method="lora") for seed in range(3)]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peftkit_bench import subjects
+from peftkit_bench.report import pairs
 from peftkit_bench.spec import Contender, SuiteError
 from torch import Tensor, nn
 
@@ -49,6 +50,13 @@ UNMERGED = frozenset(
 )
 """Methods that cannot be folded into weights, or that peft does not fold."""
 CASES = [(b, name) for b in ("bert", "llama") for name in peft_fields.names() if (b, name) not in REFUSED]
+
+
+def test_methods_of_both_libraries_are_paired_whatever_their_names() -> None:
+    shared = {m.peft.peft_type.lower(): m.name for m in peftkit.METHODS.values() if m.peft is not None}
+    assert len(shared) > 10
+    assert set(shared) <= set(peft_fields.names())
+    assert {theirs: pairs.NAMES.get(theirs, theirs) for theirs in shared} == shared
 
 
 @pytest.fixture(scope="module")

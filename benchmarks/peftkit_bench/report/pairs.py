@@ -20,6 +20,14 @@ RATIOS = {
 }
 """What is put side by side, and its field."""
 
+NAMES = {
+    "prefix_tuning": "prefix",
+    "prompt_tuning": "prompt",
+    "p_tuning": "ptuning",
+    "ln_tuning": "layernorm",
+}
+"""peftkit's name of a method by Hugging Face peft's, where they differ."""
+
 
 def growth(found: Findings) -> list[Comparison]:
     """For each contender with several budgets its largest (`first`) against its smallest, corrected over contenders.
@@ -86,7 +94,7 @@ def _counterpart(contest: Contest, peer: Row) -> Row | None:
         low, high = sorted((row.parameters, peer.parameters))
         return (
             row.first.subject == "peftkit"
-            and row.first.method == peer.first.method
+            and row.first.method == NAMES.get(peer.first.method, peer.first.method)
             and row.first.quantization == peer.first.quantization
             and high <= ALIKE * max(low, 1)
         )
