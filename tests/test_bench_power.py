@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from peftkit_bench.power import Parts, needed, parts, power
-from peftkit_bench.statistics import Estimate, difference_variance, paired_test
+from peftkit_bench.runs import difference_variances
+from peftkit_bench.statistics import Estimate, paired_test
 from scipy import stats
 
 SEEN = Parts(runs=1e-4, groups=0.02, interaction=0.3, degrees=1)
@@ -74,7 +75,7 @@ def test_what_is_needed_finds_the_difference_four_times_in_five() -> None:
         hits = 0
         for _ in range(300):
             tables = drawn(rng, 0.05, seeds, groups)
-            hits += paired_test(tables[0], tables[1], runs=difference_variance(tables))[1] < 0.05
+            hits += paired_test(tables[0], tables[1], runs=difference_variances(tables)[0, 1])[1] < 0.05
         # 240 expected, standard deviation 6.9.
         assert 219 <= hits <= 263
 

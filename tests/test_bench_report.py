@@ -15,6 +15,7 @@ from peftkit_bench import record, report, statistics
 from peftkit_bench.metrics import METRICS
 from peftkit_bench.record import OUTCOMES, RecordError
 from peftkit_bench.report import findings, style
+from peftkit_bench.runs import run_variances
 
 HARD = "Head only"
 
@@ -33,7 +34,8 @@ def right_tables() -> dict[str, Any]:
 def test_table_shows_every_number_as_recorded(tmp_path: Path) -> None:
     markdown, page = written(tmp_path, standard())
     right = right_tables()
-    lora = statistics.estimate(right["LoRA"], GROUPS, statistics.run_variance(list(right.values())))
+    runs = dict(zip(right, run_variances(list(right.values())), strict=True))
+    lora = statistics.estimate(right["LoRA"], GROUPS, runs["LoRA"])
     accuracy = f"70.0 ± {100 * lora.half_width:.1f}"
     assert line(markdown, "LoRA") == [
         "LoRA", "5,000", "0.5", accuracy, "13.0", "123", "67", "45", "12.5", "10.1", "10.0", "1.000", "0.003", "30",

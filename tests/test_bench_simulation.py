@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from peftkit_bench import power, simulation
 from peftkit_bench.metrics import METRICS
+from peftkit_bench.runs import run_variances
 from peftkit_bench.simulation import DRAWS, SKILL, Model
+from peftkit_bench.statistics import estimate
+from peftkit_bench.tables import table
 from scipy import stats
 
 ROUNDS = 150
@@ -78,6 +81,22 @@ def test_one_model_under_eight_names_is_rarely_told_apart(seeds: int, run: float
     assert share <= bounds(0.05, 100)[1]
 
 
+def test_a_method_of_erratic_runs_is_not_taken_for_a_different_one() -> None:
+    # With one variance for all this comes to 17 %.
+    erratic = simulation.null(5, 300, uneven=8.0)
+    assert simulation.any_finding(erratic, "t", 150) <= bounds(0.06)[1]
+
+
+def test_a_method_of_erratic_runs_does_not_make_the_others_uncertain() -> None:
+    even, uneven = (Model(metric="accuracy", seeds=5, examples=1000, skills=(SKILL,) * 8, uneven=u) for u in (1.0, 8.0))
+    widths = []
+    for model in (even, uneven):
+        rng = np.random.default_rng(0)
+        tables = [[table(METRICS["accuracy"], each) for each in model.draw(rng)[0]] for _ in range(20)]
+        widths.append(np.mean([estimate(each[0], runs=run_variances(each)[0]).half_width for each in tables]))
+    assert widths[1] < 1.25 * widths[0]
+
+
 def test_tests_of_runs_take_seeds_for_methods() -> None:
     low, high = bounds(0.05, 60)
     assert simulation.any_finding(simulation.null(1, 400, run=0.0), "McNemar", 60) <= high
@@ -104,7 +123,7 @@ def test_the_command_prints_a_table_and_appends_rows(
     def few(scale: float) -> Any:
         found = simulation.coverage(Model(metric="BLEU", seeds=2, examples=20), round(4 * scale))["jackknife"]
         yield {"what": "coverage", "way": "jackknife", "metric": "BLEU", "methods": 4, "seeds": 2, "examples": 20,
-               "group_size": 1, "run": 0.05, "rounds": 2, **found}  # fmt: skip
+               "group_size": 1, "run": 0.05, "uneven": 1.0, "rounds": 2, **found}  # fmt: skip
 
     monkeypatch.setattr(simulation, "everything", few)
     out = tmp_path / "made" / "simulation.jsonl"
@@ -127,7 +146,7 @@ def test_the_full_simulation_states_what_each_row_was_drawn_with(monkeypatch: py
     ):  # fmt: skip
         monkeypatch.setattr(simulation, name, value)
     rows = list(simulation.everything())
-    stated = {"what", "metric", "methods", "seeds", "examples", "group_size", "run", "rounds"}
+    stated = {"what", "metric", "methods", "seeds", "examples", "group_size", "run", "uneven", "rounds"}
     assert all(stated < set(row) for row in rows)
     assert {row["what"] for row in rows} == {"coverage", "any false finding", "power"}
     drawn = {(r["metric"], r["seeds"], r["examples"]) for r in rows if r["what"] == "coverage"}

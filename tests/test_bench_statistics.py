@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 from peftkit_bench.metrics import METRICS
 from peftkit_bench.resampling import permutation_test
+from peftkit_bench.runs import RunVariance, difference_variances
 from peftkit_bench.statistics import (
     MCNEMAR,
     PERMUTATION,
     T_TEST,
-    RunVariance,
     compare_all,
-    difference_variance,
     estimate,
     holm,
     paired_test,
     pareto,
-    run_variance,
 )
 from peftkit_bench.tables import table as table_of
 from scipy import stats
@@ -111,34 +109,7 @@ def test_compare_all_corrects_over_all_pairs_and_puts_the_better_first() -> None
     assert found[1].p_corrected == pytest.approx(3 * found[1].p)
 
 
-def test_run_variance_pools_what_seeds_do_to_each_method() -> None:
-    # Means 0.25 and 0.75 (squares 2 * 0.0625), 1 and 0 (2 * 0.25), one seed alone (nothing): 0.625 on 1 + 1 + 0.
-    tables = [np.array([[0, 0, 0, 1], [1, 1, 1, 0.0]]), np.array([[1.0, 1], [0, 0]]), np.ones((1, 4))]
-    assert run_variance(tables) == RunVariance(variance=0.3125, degrees=2)
-    assert run_variance([np.ones((1, 4))]) is None
-
-
-def test_difference_variance_of_two_methods_is_that_of_their_difference() -> None:
-    first, second = np.random.default_rng(4).integers(0, 2, (2, 3, 50)).astype(float)
-    found = difference_variance([first, second])
-    assert found is not None
-    assert found.variance == pytest.approx((first - second).mean(axis=1).var(ddof=1))
-    assert found.degrees == 2
-    assert difference_variance([first[:1], second[:1]]) is None
-
-
-def test_difference_variance_leaves_out_what_a_seed_does_to_all() -> None:
-    rng = np.random.default_rng(5)
-    tables = [rng.random((4, 30)) for _ in range(5)]
-    shifted = [table + np.array([[0.0], [10], [20], [-30]]) for table in tables]
-    before, after = difference_variance(tables), difference_variance(shifted)
-    assert before is not None
-    assert after is not None
-    assert after.variance == pytest.approx(before.variance)
-    assert after.degrees == 12
-
-
-def test_estimate_uses_the_pooled_variance_that_it_is_given() -> None:
+def test_estimate_uses_the_variance_that_it_is_given() -> None:
     table = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0]])
     found = estimate(table, runs=RunVariance(variance=0.06, degrees=8))
     variance = 0.06 / 2 + 1 / 24 - 1 / 48
@@ -150,7 +121,7 @@ def test_intervals_of_differences_hold_together_and_agree_with_the_verdicts() ->
     rng = np.random.default_rng(6)
     tables = {str(i): (rng.random((3, 300)) < 0.5 + 0.06 * i).astype(float) for i in range(5)}
     found = compare_all(tables)
-    runs = difference_variance(list(tables.values()))
+    runs = difference_variances([tables["4"], *(tables[str(i)] for i in (3, 2, 1)), tables["0"]])[0, 4]
     single, _ = paired_test(tables["4"], tables["0"], runs=runs)
     pair = next(c for c in found if (c.first, c.second) == ("4", "0"))
     ratio = stats.t.ppf(1 - 0.025 / 10, single.degrees) / stats.t.ppf(0.975, single.degrees)

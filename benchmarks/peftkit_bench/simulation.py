@@ -4,10 +4,11 @@ Each data set is drawn from one model. Method a, trained with seed s, meets exam
 
     z = a + u + d + m + e
 
-u: of the run (RUN), d: how easy the example is, the same for all (GROUP for its group, EXAMPLE for itself), m: how well
-it suits the method (METHOD), e: of this run on this example (NOISE); independent normals with mean 0 and these standard
-deviations. What is counted follows from z; with Φ the normal distribution function and all but u integrated out, the
-true score of a run is the metric's formula of its expected counts, that of a method the mean of this over u.
+u: of the run (RUN; several times that for method 1 where runs are uneven), d: how easy the example is, the same for all
+(GROUP for its group, EXAMPLE for itself), m: how well it suits the method (METHOD), e: of this run on this example
+(NOISE); independent normals with mean 0 and these standard deviations. What is counted follows from z; with Φ the
+normal distribution function and all but u integrated out, the true score of a run is the metric's formula of its
+expected counts, that of a method the mean of this over u.
 
 - accuracy: right with probability Φ(z).
 - entity F1: Poisson(1.5) entities; each is found with probability Φ(z); besides Poisson(0.6 Φ(-z)) wrong ones.
@@ -36,7 +37,8 @@ from scipy.special import ndtr
 from peftkit_bench import power
 from peftkit_bench.metrics import METRICS, Metric
 from peftkit_bench.resampling import bootstrap, mcnemar, paired_bootstrap, permutation_test
-from peftkit_bench.statistics import compare_all, difference_variance, estimate, holm, paired_test, run_variance
+from peftkit_bench.runs import difference_variances, run_variances
+from peftkit_bench.statistics import compare_all, estimate, holm, paired_test
 from peftkit_bench.tables import influence, table
 
 Numbers = NDArray[np.float64]
@@ -58,6 +60,15 @@ class Model:
     """One for each method."""
     run: float = RUN
     method: float = METHOD
+    uneven: float = 1.0
+    """How much farther the runs of method 1 scatter than those of the others."""
+
+    @property
+    def deviations(self) -> Numbers:
+        """Standard deviation of u for each method."""
+        found = np.full(len(self.skills), self.run)
+        found[1:2] *= self.uneven
+        return found
 
     @property
     def groups(self) -> list[int] | None:
@@ -72,7 +83,7 @@ class Model:
     def draw(self, rng: np.random.Generator) -> tuple[Numbers, Numbers]:
         """Counts, (methods, seeds, examples, k), and the run's part u of each, (methods, seeds)."""
         methods = len(self.skills)
-        runs = self.run * rng.normal(size=(methods, self.seeds))
+        runs = self.deviations[:, None] * rng.normal(size=(methods, self.seeds))
         group = np.repeat(rng.normal(size=-(-self.examples // self.group_size)), self.group_size)[: self.examples]
         easy = GROUP * group + EXAMPLE * rng.normal(size=self.examples)
         fits = self.method * rng.normal(size=(methods, 1, self.examples))
@@ -80,14 +91,15 @@ class Model:
         z = np.asarray(self.skills)[:, None, None] + runs[..., None] + easy + fits + noise
         return DRAWS[self.metric](rng, z), runs
 
-    def truth(self, skill: float, run: Numbers | None = None) -> Any:
+    def truth(self, skill: float, run: Numbers | None = None, *, uneven: bool = False) -> Any:
         """The true score of a method, or of its runs.
 
         Args:
             skill: of the method.
             run: u of each run; None: the mean over runs.
+            uneven: whether its runs are those of method 1.
         """
-        u = self.run * NODES if run is None else run
+        u = self.run * (self.uneven if uneven else 1.0) * NODES if run is None else run
         counts = EXPECTED[self.metric]((skill + u) / math.sqrt(1 + self.spread**2), skill + u)
         found = METRICS[self.metric].formula(np.stack(counts, axis=-1))
         return float(WEIGHTS @ found / WEIGHTS.sum()) if run is None else found
@@ -147,15 +159,15 @@ def coverage(
     rng = np.random.default_rng(seed)
     metric = METRICS[model.metric]
     score = model.truth(model.skills[0])
-    apart = score - model.truth(model.skills[1])
+    apart = score - model.truth(model.skills[1], uneven=True)
     hits: dict[str, Counter[str]] = {way: Counter() for way in ways}
     for _ in range(rounds):
         counts, runs = model.draw(rng)
         own = [float(model.truth(a, u).mean()) for a, u in zip(model.skills[:2], runs[:2], strict=True)]
         for way in ways:
             tables = [TABLES[way](metric, each) for each in counts]
-            one = estimate(tables[0], model.groups, run_variance(tables))
-            two, _ = paired_test(tables[0], tables[1], model.groups, difference_variance(tables))
+            one = estimate(tables[0], model.groups, run_variances(tables)[0])
+            two, _ = paired_test(tables[0], tables[1], model.groups, difference_variances(tables)[0, 1])
             held = {"score": one.low <= score <= one.high, "difference": two.low <= apart <= two.high}
             if model.seeds == 1:
                 held = {f"{name} of the method": value for name, value in held.items()}
@@ -219,7 +231,7 @@ def found_difference(model: Model, rounds: int, seed: int = 0) -> float:
     hits = 0
     for _ in range(rounds):
         tables = [table(metric, each) for each in model.draw(rng)[0]]
-        hits += paired_test(tables[0], tables[1], model.groups, difference_variance(tables))[1] < power.LEVEL
+        hits += paired_test(tables[0], tables[1], model.groups, difference_variances(tables)[0, 1])[1] < power.LEVEL
     return hits / rounds
 
 
@@ -235,10 +247,20 @@ def true_parts(model: Model, sample: int = 200, seed: int = 0) -> power.Parts:
     )
 
 
-def null(seeds: int, examples: int = 1000, group_size: int = 1, run: float = RUN, metric: str = "accuracy") -> Model:
-    """Eight "methods" that are one model: nothing but seeds tells them apart."""
+def null(
+    seeds: int,
+    examples: int = 1000,
+    group_size: int = 1,
+    run: float = RUN,
+    metric: str = "accuracy",
+    uneven: float = 1.0,
+) -> Model:
+    """Eight "methods" that are one model: nothing but seeds tells them apart.
+
+    Where runs are uneven, method 1 differs by what its scatter does to the mean, 0.1 points for four times RUN.
+    """
     return Model(metric=metric, seeds=seeds, examples=examples, group_size=group_size, skills=(SKILL,) * 8, run=run,
-                 method=0.0)  # fmt: skip
+                 method=0.0, uneven=uneven)  # fmt: skip
 
 
 def everything(scale: float = 1.0) -> Iterator[dict[str, Any]]:
@@ -253,7 +275,8 @@ def everything(scale: float = 1.0) -> Iterator[dict[str, Any]]:
 
     def row(what: str, model: Model, number: int, found: dict[str, float], **more: Any) -> dict[str, Any]:
         return {"what": what, **more, "metric": model.metric, "methods": len(model.skills), "seeds": model.seeds,
-                "examples": model.examples, "group_size": model.group_size, "run": model.run, "rounds": number,
+                "examples": model.examples, "group_size": model.group_size, "run": model.run, "uneven": model.uneven,
+                "rounds": number,
                 **{name: round(value, 4) for name, value in found.items()}}  # fmt: skip
 
     for metric in DRAWS:
@@ -272,21 +295,28 @@ def everything(scale: float = 1.0) -> Iterator[dict[str, Any]]:
                 yield row("coverage", model, number, found, way="bootstrap BCa" if corrected else "bootstrap")
     few = Model(metric="accuracy", seeds=3, examples=200, group_size=20)
     yield row("coverage", few, rounds(400), coverage(few, rounds(400))["jackknife"], way="jackknife")
-    for rule, seeds, size, run, number in (
-        ("t", 3, 1, RUN, 400),
-        ("t", 5, 1, RUN, 400),
-        ("t", 3, 4, RUN, 400),
-        ("t", 3, 1, 0.0, 400),
-        ("t", 3, 1, 0.2, 400),
-        ("t", 1, 1, 0.0, 400),
-        ("McNemar", 1, 1, 0.0, 600),
-        ("McNemar", 1, 1, RUN, 600),
-        ("McNemar", 1, 1, 0.2, 600),
-        ("permutation", 1, 1, 0.0, 100),
-        ("permutation", 3, 1, RUN, 60),
-        ("permutation", 3, 1, 0.2, 60),
+    for metric in ("accuracy", "perplexity"):
+        for seeds in (3, 5):
+            model = Model(metric=metric, seeds=seeds, examples=1000, skills=(SKILL,) * 8, uneven=4.0)
+            found = coverage(model, rounds(250))["jackknife"]
+            yield row("coverage", model, rounds(250), found, way="jackknife")
+    for rule, seeds, size, run, uneven, number in (
+        ("t", 3, 1, RUN, 1.0, 400),
+        ("t", 5, 1, RUN, 1.0, 400),
+        ("t", 3, 4, RUN, 1.0, 400),
+        ("t", 3, 1, 0.0, 1.0, 400),
+        ("t", 3, 1, 0.2, 1.0, 400),
+        ("t", 3, 1, RUN, 4.0, 400),
+        ("t", 5, 1, RUN, 4.0, 400),
+        ("t", 1, 1, 0.0, 1.0, 400),
+        ("McNemar", 1, 1, 0.0, 1.0, 600),
+        ("McNemar", 1, 1, RUN, 1.0, 600),
+        ("McNemar", 1, 1, 0.2, 1.0, 600),
+        ("permutation", 1, 1, 0.0, 1.0, 100),
+        ("permutation", 3, 1, RUN, 1.0, 60),
+        ("permutation", 3, 1, 0.2, 1.0, 60),
     ):
-        model = null(seeds, examples=200 if rule == "permutation" else 1000, group_size=size, run=run)
+        model = null(seeds, 200 if rule == "permutation" else 1000, size, run, uneven=uneven)
         yield row("any false finding", model, rounds(number), {"share": any_finding(model, rule, rounds(number))},
                   rule=rule)  # fmt: skip
     for rise in (0.1, 0.2):
@@ -302,12 +332,13 @@ def everything(scale: float = 1.0) -> Iterator[dict[str, Any]]:
 
 def shown(row: dict[str, Any]) -> str:
     """One row as a line of text."""
-    fixed = ("what", "way", "rule", "metric", "methods", "seeds", "examples", "group_size", "run", "rounds")
+    fixed = ("what", "way", "rule", "metric", "methods", "seeds", "examples", "group_size", "run", "uneven", "rounds")
     found = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in fixed)
     how = row.get("way", row.get("rule"))
     return (
         f"{row['what']:18}{how:14}{row['metric']:11}{row['methods']:2} methods {row['seeds']:2} seeds "
-        f"{row['examples']:5} examples by {row['group_size']}  u {row['run']:.2f}  {row['rounds']:4} rounds  {found}"
+        f"{row['examples']:5} examples by {row['group_size']}  u {row['run']:.2f} x {row['uneven']:g}  "
+        f"{row['rounds']:4} rounds  {found}"
     )
 
 

@@ -17,6 +17,7 @@ from scipy import stats
 
 from peftkit_bench.metrics import METRICS, Metric
 from peftkit_bench.resampling import mcnemar, permutation_test
+from peftkit_bench.runs import RunVariance, difference_variances, run_variances
 from peftkit_bench.tables import Table
 
 CONFIDENCE = 0.95
@@ -88,39 +89,6 @@ class Comparison:
         return self.first if (self.difference.mean > 0) == self.higher_is_better else self.second
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunVariance:
-    """How much the accuracy of one training run varies with its seed."""
-
-    variance: float
-    degrees: float
-    """Degrees of freedom of the estimate."""
-
-
-def run_variance(tables: Sequence[Table]) -> RunVariance | None:
-    """The variance of a seed's mean about its method's, pooled over methods; None where each has one seed.
-
-    A few seeds say little about the spread of each method by itself; together they say how much training varies here.
-    """
-    squares = sum(float(np.square(table.mean(axis=1) - table.mean()).sum()) for table in tables)
-    degrees = sum(table.shape[0] - 1 for table in tables)
-    return RunVariance(variance=squares / degrees, degrees=degrees) if degrees else None
-
-
-def difference_variance(tables: Sequence[Table]) -> RunVariance | None:
-    """The variance of the difference of two methods' means on one seed, pooled over all pairs; None with one seed.
-
-    Twice the residual mean square of methods × seeds: what a seed does to all methods alike cancels in a difference.
-    """
-    means = np.stack([table.mean(axis=1) for table in tables])
-    methods, seeds = means.shape
-    degrees = (methods - 1) * (seeds - 1)
-    if not degrees:
-        return None
-    residuals = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0, keepdims=True) + means.mean()
-    return RunVariance(variance=2 * float(np.square(residuals).sum()) / degrees, degrees=degrees)
-
-
 def estimate(
     table: Table,
     groups: Sequence[int] | None = None,
@@ -142,7 +110,7 @@ def estimate(
     Args:
         table: (seeds, examples).
         groups: group of each example; None: each example is its own.
-        runs: variance between runs, pooled over methods; None: that of this table's own seeds.
+        runs: variance between runs, see `run_variances`; None: that of this table's own seeds.
     """
     seeds, examples = table.shape
     mean = float(table.mean())
@@ -150,7 +118,7 @@ def estimate(
     count = added.shape[1]
     by_group = added.mean(axis=0)
     apart = (seeds - 1) * (count - 1)
-    runs = runs or run_variance([table])
+    runs = runs or run_variances([table])[0]
     from_runs = runs.variance / seeds if runs else 0.0
     from_groups = float(by_group.var(ddof=1)) / count if count > 1 else 0.0
     interaction = float(np.square(added - by_group).sum()) / apart if apart else 0.0
@@ -204,7 +172,7 @@ def paired_test(
     `estimate`, and t = mean / √V is looked up with its degrees of freedom.
 
     Args:
-        runs: variance of the difference between runs; None: that of these two alone.
+        runs: variance of the difference between runs, see `difference_variances`; None: that of these two alone.
 
     Raises:
         ValueError: the tables differ in shape.
@@ -239,7 +207,7 @@ def compare_all(
     metric: Metric | None = None,
     counts: Mapping[str, Any] | None = None,
 ) -> list[Comparison]:
-    """Every pair of methods, the better one first: variance between runs pooled, Holm's correction over all pairs.
+    """Every pair of methods, the better one first: variance between runs moderated, Holm's correction over all pairs.
 
     The intervals of the differences are simultaneous (Bonferroni: each at 1 - 0.05 / pairs), so that a pair that cannot
     be told apart never has an interval without zero.
@@ -257,12 +225,12 @@ def compare_all(
     higher = metric is None or metric.higher_is_better
     sign = 1 if higher else -1
     names = sorted(tables, key=lambda name: (-sign * tables[name].mean(), name))
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    runs = difference_variance(list(tables.values())) if pairs else None
+    runs = difference_variances([tables[name] for name in names]) if len(names) > 1 else {}
+    pairs = [(names[i], names[j]) for i, j in runs]
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(pairs))
     found: list[tuple[Estimate, float, str]] = []
-    for a, b in pairs:
-        difference, p = paired_test(tables[a], tables[b], groups, runs, confidence)
+    for (a, b), variance in zip(pairs, runs.values(), strict=True):
+        difference, p = paired_test(tables[a], tables[b], groups, variance, confidence)
         test = T_TEST
         if difference.seeds == 1 and metric is not None and counts is not None:
             p, test = run_test(metric, counts[a], counts[b], groups)

@@ -103,18 +103,19 @@ def how(found: Findings, pairs: bool) -> list[tuple[str, str]]:
             f"the step is chosen whose weights are kept (by {first.stopping_measure}); test, touched once."
         ),
         "Intervals": (
-            "95 %, for other seeds and other examples: the variance between training runs, pooled over methods because "
-            "few seeds say little about each by itself, and the variance between groups of examples "
+            "95 %, for other seeds and other examples: the method's variance between training runs, which is drawn "
+            "towards what all methods share, the more so the more alike they are (Smyth 2004), because few seeds say "
+            "little about each by itself, and the variance between groups of examples "
             f"({found.rows[0].score.groups:,} of them: examples of one group, such as one file, are not independent) "
             "are added, what both hold is taken off once, and the degrees of freedom are Satterthwaite's. What an "
             "example adds to a score that is no mean is its jackknife value."
         ),
         "Tests": (
             f"paired on the stored predictions ({', '.join(tests) or 'none'}): the difference of two methods on the "
-            "same examples and seeds is estimated the same way, with the variance between runs pooled over all pairs; "
-            f"Holm's correction over all {most} pairs at a budget, level 5 %. “Cannot be told apart” does not mean "
-            "equal: the intervals of the differences say how large a difference these data leave possible. They hold "
-            "all together (Bonferroni)."
+            "same examples and seeds is estimated the same way, with the pair's variance between runs drawn towards "
+            f"what all pairs share; Holm's correction over all {most} pairs at a budget, level 5 %. “Cannot be told "
+            "apart” does not mean equal: the intervals of the differences say how large a difference these data leave "
+            "possible. They hold all together (Bonferroni)."
         ),
         "Learning rates": _rates(found.tunings),
         "Training time": (

@@ -15,6 +15,7 @@ from peftkit_bench.metrics import METRICS, Counts, Metric
 from peftkit_bench.record import MergeRecord, Record, RecordError, digest
 from peftkit_bench.report.matching import Key, newest_forms, short_count
 from peftkit_bench.report.tuning import Tuning, tunings
+from peftkit_bench.runs import run_variances
 from peftkit_bench.statistics import Comparison, Estimate
 from peftkit_bench.tables import Table, table
 
@@ -233,7 +234,7 @@ def findings(group: Sequence[Record]) -> Findings:
     chosen, warnings = _newest(finals)
     counts, example_groups = _counts(chosen)
     tables = {key: table(metric, found) for key, found in counts.items()}
-    runs = statistics.run_variance(list(tables.values()))
+    runs = dict(zip(tables, run_variances(list(tables.values())), strict=True))
     names = _names(chosen)
     sign = 1 if metric.higher_is_better else -1
     rows = [
@@ -241,7 +242,7 @@ def findings(group: Sequence[Record]) -> Findings:
             contender=key[0],
             name=names[key],
             records=records,
-            score=statistics.estimate(tables[key], example_groups, runs),
+            score=statistics.estimate(tables[key], example_groups, runs[key]),
             counts=counts[key],
             table=tables[key],
         )

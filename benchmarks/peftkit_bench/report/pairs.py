@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from peftkit_bench import statistics
 from peftkit_bench.report.findings import Contest, Findings, Row, lines
+from peftkit_bench.runs import difference_variances
 from peftkit_bench.statistics import Comparison, Estimate
 
 ALIKE = 1.01
@@ -111,11 +111,6 @@ def _paired(found: Findings, one: Row, other: Row) -> tuple[Estimate, float] | N
     seeds = sorted(set(one.seeds) & set(other.seeds))
     if not seeds:
         return None
-    first, second = (row.table[lines(row, seeds)] for row in (one, other))
-    return statistics.paired_test(first, second, found.groups, _runs(found, seeds))
-
-
-def _runs(found: Findings, seeds: Sequence[int]) -> statistics.RunVariance | None:
-    """How differences vary between runs, pooled over all rows that have the seeds."""
-    whole = [row.table[lines(row, seeds)] for row in found.rows if set(seeds) <= set(row.seeds)]
-    return statistics.difference_variance(whole)
+    beside = [r for r in found.rows if r is not one and r is not other and set(seeds) <= set(r.seeds)]
+    tables = [row.table[lines(row, seeds)] for row in (one, other, *beside)]
+    return statistics.paired_test(tables[0], tables[1], found.groups, difference_variances(tables)[0, 1])

@@ -14,16 +14,15 @@ from peftkit_bench.ranking import wilcoxon
 from peftkit_bench.record import AnyRecord, Record
 from peftkit_bench.report.matching import CompareError, Pair, finals, pairs
 from peftkit_bench.resampling import McNemar, mcnemar
+from peftkit_bench.runs import difference_variances, run_variances
 from peftkit_bench.statistics import (
     CONFIDENCE,
     T_TEST,
     Estimate,
-    difference_variance,
     estimate,
     holm,
     paired_test,
     run_test,
-    run_variance,
 )
 from peftkit_bench.tables import table
 
@@ -50,7 +49,7 @@ class TaskVerdict:
     difference: Estimate
     """Of the scores, first minus second, whichever is better."""
     pooled: int
-    """Contenders from whose runs the variance between runs was taken."""
+    """Contenders whose runs say how much runs vary."""
     test: str
     p: float
     """Two-sided."""
@@ -90,7 +89,7 @@ def compare(
     """What the records say of two contenders.
 
     Seeds that both have are compared on the stored outcomes of the test split, in each contender's newest form. The
-    variance between runs is pooled over all contenders that were run beside them, as in the report.
+    variance between runs is moderated by that of all contenders that were run beside them, as in the report.
 
     Args:
         records: of one or more folders.
@@ -123,9 +122,9 @@ def _task(pair: Pair) -> TaskVerdict:
     counts, groups = _outcomes(pair)
     tables = [table(metric, each) for each in counts]
     beside = [np.array([[r.score] for r in other]) for other in pair.others]
-    runs = run_variance([*tables, *beside])
+    runs = run_variances([*tables, *beside])
     means = [each.mean(axis=1, keepdims=True) for each in tables]
-    difference, p = paired_test(tables[0], tables[1], groups, difference_variance([*means, *beside]))
+    difference, p = paired_test(tables[0], tables[1], groups, difference_variances([*means, *beside])[0, 1])
     test = T_TEST
     if len(pair.first) == 1:
         p, test = run_test(metric, counts[0], counts[1], groups)
@@ -143,7 +142,7 @@ def _task(pair: Pair) -> TaskVerdict:
         ),
         parameters=(pair.first[0].adapter_parameters, pair.second[0].adapter_parameters),
         seeds=tuple(r.seed for r in pair.first),
-        scores=(estimate(tables[0], groups, runs), estimate(tables[1], groups, runs)),
+        scores=(estimate(tables[0], groups, runs[0]), estimate(tables[1], groups, runs[1])),
         difference=difference,
         pooled=2 + len(beside),
         test=test,
