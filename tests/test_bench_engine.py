@@ -53,6 +53,15 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     return made
 
 
+def test_run_says_where_its_own_methods_are_timed_without_compiled_code(suite: Callable[..., Path]) -> None:
+    (own,) = load(suite(contenders=LORA))
+    (peer,) = load(suite(contenders={"theirs": {"method": "peft:lora", "learning_rate": 0.01}}))
+    assert engine.plain_torch({}, [peer, own]).endswith("python -m peftkit_kernels build")
+    assert engine.plain_torch({"cuda": ["lora_linear"]}, [own])
+    assert engine.plain_torch({"cpu": ["lora_linear"]}, [own]) == ""
+    assert engine.plain_torch({}, [peer]) == ""
+
+
 LORA = {"LoRA": {"method": "lora", "learning_rate": 0.01}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,6 +145,8 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
         return failures
     threads = max(1, min(stamp["cores"] // workers.jobs, torch.get_num_threads()))
     console.print(f"about {waiting} cells to run, {workers.where}")
+    if slow := plain_torch(stamp["compiled"], [part.suite for part in parts]):
+        console.print(slow, markup=False, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
@@ -166,6 +168,18 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
             console.print(f"[{done:>3}/{done + left}] {described(cell):<46} {line}   {duration(seconds)} left",
                           markup=False, highlight=False, soft_wrap=True)  # fmt: skip
     return failures
+
+
+def plain_torch(compiled: Mapping[str, Sequence[str]], suites: Iterable[Suite]) -> str:
+    """What to say where peftkit's methods are timed without their compiled code; "": nothing."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = any(each.subject == "peftkit" for suite in suites for each in suite.contenders.values())
+    if not own or device in compiled:
+        return ""
+    return (
+        f"peftkit's operations are not compiled for {device}: times of its methods will be those of plain torch; "
+        f"python -m peftkit_kernels build{' --cuda' if device == 'cuda' else ''}"
+    )
 
 
 def described(cell: Cell) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftkit_bench.record import Record
+from peftkit_bench.report import sentences
 from peftkit_bench.report.findings import Findings
 from peftkit_bench.report.tuning import Tuning
 
@@ -73,12 +74,20 @@ def facts(group: Sequence[Record]) -> list[tuple[str, str]]:
         (
             "Machine",
             f"{machine.get('processor')}, {machine.get('cores')} cores{memory}, device {machine.get('device', 'cpu')}, "
-            f"{machine.get('system')}; cells at a time: {first.jobs}, threads for each: {first.threads}",
+            f"{machine.get('system')}; cells at a time: {first.jobs}, threads for each: {first.threads}"
+            f"{_compiled(machine)}",
         )
     )
     commit = machine.get("commit") or "not in a repository"
     made.append(("Versions", f"Python {machine.get('python')}, {versions}; commit {commit}"))
     return made
+
+
+def _compiled(machine: Mapping[str, Any]) -> str:
+    if "compiled" not in machine:
+        return ""
+    by_device = [f"{sentences.listed(names)} for {device}" for device, names in machine["compiled"].items()]
+    return f"; peftkit's compiled operations: {'; '.join(by_device) or 'none, all run as plain torch'}"
 
 
 def how(found: Findings, pairs: bool) -> list[tuple[str, str]]:
