@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from bench_suites import InProcess, tiny_backbone, values, written
 from peftkit_bench import cell as running
 from peftkit_bench import engine, measure, record
@@ -425,6 +426,26 @@ def test_batches_are_one_a_step_and_hold_every_row_once_an_epoch(suite) -> None:
     assert [len(rows) for rows in order] == [8] * 6
     assert sorted(i for rows in order[:4] for i in rows) == list(range(32))
     assert order == training_order(split, size=8, batches=6, seed=0) != training_order(split, size=8, batches=6, seed=1)
+
+
+def mapped_from_files(model: torch.nn.Module) -> int:
+    """How many weights lie in a mapped checkpoint."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    spans = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in lines]
+    return sum(any(low <= each.data_ptr() < high for low, high in spans) for each in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self/maps here")
+def test_weights_of_a_mapped_checkpoint_are_held_in_memory_of_the_process(backbone: Path) -> None:
+    model = transformers.AutoModelForMaskedLM.from_pretrained(backbone)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert mapped_from_files(model) > 5
+    measure.hold(model)
+    assert mapped_from_files(model) == 0
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def test_peak_memory_sees_what_was_held_and_freed_after_the_start_only() -> None:

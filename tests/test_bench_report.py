@@ -14,7 +14,7 @@ from bench_reports import line, undrawn, written
 from peftkit_bench import record, report, statistics
 from peftkit_bench.metrics import METRICS
 from peftkit_bench.record import OUTCOMES, RecordError
-from peftkit_bench.report import findings, style
+from peftkit_bench.report import findings, sentences, style
 from peftkit_bench.runs import run_variances
 
 HARD = "Head only"
@@ -74,6 +74,12 @@ def test_words_say_which_differences_are_significant_and_which_are_not(tmp_path:
     )
     assert "Holm's correction over all 15 pairs" in markdown
     assert "“Cannot be told apart” does not mean equal" in markdown
+
+
+def test_names_are_listed_so_that_each_can_be_told() -> None:
+    assert sentences.listed(["LoRA"]) == "LoRA"
+    assert sentences.listed(["LoRA", "OFT", "(IA)³"]) == "LoRA, OFT and (IA)³"
+    assert sentences.listed(["LoRA, NF4", "LoRA", "OFT"]) == "LoRA, NF4; LoRA; and OFT"
 
 
 @pytest.mark.usefixtures("quick")

@@ -22,6 +22,7 @@ from peftkit_bench.metrics import METRICS
 from peftkit_bench.quiet import quiet
 from peftkit_bench.record import Outcomes, Record
 from peftkit_bench.spec import Subject
+from peftkit_bench.subjects.quantized import BITSANDBYTES, package
 from peftkit_bench.suite import Suite, Training
 from peftkit_bench.tasks.batching import moved, training_order
 from peftkit_bench.tasks.contract import GENERAL, Batch, Prepared, Task
@@ -77,10 +78,13 @@ def run_cell(job: Job) -> Finished:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     fields, training = overridden(cell, suite.training)
+    if cell.contender.quantization in BITSANDBYTES:
+        package(cell.contender.quantization)  # no part of what a method holds
     with measure.timed() as whole, quiet():
         memory = measure.PeakMemory(device)
         torch.manual_seed(cell.seed)
         model = task.model(prepared.folder, prepared.facts)
+        measure.hold(model)
         if cell.contender.quantization is not None:
             model = subject.quantize(model, cell.contender.quantization)
         model = model.to(device)

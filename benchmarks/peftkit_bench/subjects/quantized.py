@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -24,15 +25,7 @@ def put_bitsandbytes(model: nn.Module, quantization: str) -> nn.Module:
     Raises:
         SuiteError: bitsandbytes is not installed, or a projection is of a kind that it has no layer for.
     """
-    try:
-        with warnings.catch_warnings():
-            # On some processors bitsandbytes looks for a package of compiled code and warns when there is none.
-            warnings.simplefilter("ignore")
-            import bitsandbytes
-    except ImportError:
-        raise SuiteError(
-            f"quantization {quantization!r} needs bitsandbytes: pip install 'peftkit[quantized]'"
-        ) from None
+    bitsandbytes = package(quantization)
     chosen = quantizable(model)
     for path, module in chosen.items():
         if type(module) is not nn.Linear:
@@ -45,6 +38,23 @@ def put_bitsandbytes(model: nn.Module, quantization: str) -> nn.Module:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, make(bitsandbytes, module))
     return model
+
+
+def package(quantization: str) -> Any:
+    """The package bitsandbytes, which is large: it is imported before memory is measured.
+
+    Raises:
+        SuiteError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            # On some processors bitsandbytes looks for a package of compiled code and warns when there is none.
+            warnings.simplefilter("ignore")
+            return importlib.import_module("bitsandbytes")
+    except ImportError:
+        raise SuiteError(
+            f"quantization {quantization!r} needs bitsandbytes: pip install 'peftkit[quantized]'"
+        ) from None
 
 
 def _four_bit(bitsandbytes: Any, linear: Any) -> nn.Module:
