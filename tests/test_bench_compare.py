@@ -73,7 +73,7 @@ def test_it_is_the_test_of_the_report_without_correction(tmp_path: Path) -> None
     assert isinstance(pair, Comparison)
     assert task.p == pytest.approx(pair.p)
     assert task.difference.mean == pytest.approx(-pair.difference.mean)
-    assert task.pooled == 3
+    assert task.contenders == 3
 
 
 def test_the_order_of_the_names_turns_signs_and_not_words(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peftkit_kernels
 import pytest
 import torch
 import transformers
@@ -54,13 +55,19 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     return made
 
 
-def test_run_says_where_its_own_methods_are_timed_without_compiled_code(suite: Callable[..., Path]) -> None:
+def test_run_says_where_its_own_methods_are_timed_without_compiled_code(
+    suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (own,) = load(suite(contenders=LORA))
     (peer,) = load(suite(contenders={"theirs": {"method": "peft:lora", "learning_rate": 0.01}}))
-    assert engine.plain_torch({}, [peer, own]).endswith("python -m peftkit_kernels build")
-    assert engine.plain_torch({"cuda": ["lora_linear"]}, [own])
-    assert engine.plain_torch({"cpu": ["lora_linear"]}, [own]) == ""
-    assert engine.plain_torch({}, [peer]) == ""
+    every = list(peftkit_kernels.OPS)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "cuda")
+        said = engine.plain_torch({}, [peer, own])
+        assert said.startswith(f"{len(every)} of peftkit's {len(every)} operations do not run compiled on {device}")
+        assert engine.plain_torch({device: every[1:]}, [own]).startswith("1 of peftkit's ")
+        assert engine.plain_torch({device: every}, [own]) == ""
+        assert engine.plain_torch({}, [peer]) == ""
 
 
 LORA = {"LoRA": {"method": "lora", "learning_rate": 0.01}}

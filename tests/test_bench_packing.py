@@ -81,12 +81,49 @@ def test_nothing_that_lies_there_is_lost(tmp_path: Path, plain: Path) -> None:
     fewer = write(tmp_path / "fewer", standard()[:-1])
     packed = packing.pack(plain, tmp_path / "packed")
     before = {path.name: path.read_bytes() for path in packed.iterdir()}
-    with pytest.raises(RecordError, match=r"packed holds 1 records that .*fewer lacks; choose another folder"):
+    with pytest.raises(RecordError, match=r"packed holds 1 records that .*fewer lacks; choose another folder$"):
         packing.pack(fewer, packed)
     assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
-    with pytest.raises(RecordError, match=r"records\.jsonl is there, unpacked; choose another folder"):
-        packing.pack(plain, plain)
     assert packing.pack(plain, packed) == packed
+
+
+@pytest.mark.usefixtures("quick")
+def test_packing_writes_into_no_folder_of_something_else(tmp_path: Path, plain: Path) -> None:
+    with pytest.raises(RecordError, match="plain is not empty and holds no packed records; choose another folder"):
+        packing.pack(plain, plain)
+    (tmp_path / "holidays").mkdir()
+    (tmp_path / "holidays" / "beach.png").write_bytes(b"sand")
+    with pytest.raises(RecordError, match="holidays is not empty"):
+        packing.pack(plain, tmp_path / "holidays")
+    with pytest.raises(RecordError, match=r"beach\.png is a file; choose another name"):
+        packing.pack(plain, tmp_path / "holidays" / "beach.png")
+    assert (tmp_path / "holidays" / "beach.png").read_bytes() == b"sand"
+    (tmp_path / "empty").mkdir()
+    assert packing.pack(plain, tmp_path / "empty") == tmp_path / "empty"
+
+
+@pytest.mark.usefixtures("quick")
+def test_packing_again_takes_away_the_plots_of_the_last_report_and_nothing_else(tmp_path: Path, plain: Path) -> None:
+    packed = packing.pack(plain, tmp_path / "packed")
+    shown = packed / "report.md"
+    assert "](score.png)" in shown.read_text()
+    shown.write_text(shown.read_text() + "![once](once.png)")
+    for name in ("once.png", "score.png", "mine.png"):
+        (packed / name).write_bytes(b"plot")
+    assert packing.pack(plain, packed) == packed
+    assert {path.name for path in packed.glob("*.png")} == {"mine.png"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_cells_of_a_run_that_went_on_in_a_packed_folder_are_not_hidden(tmp_path: Path, plain: Path) -> None:
+    packed = packing.pack(plain, tmp_path / "packed")
+    with record.writer(packed):
+        pass
+    assert packing.pack(plain, packed) == packed  # a run with nothing to do leaves an empty file
+    with record.writer(packed) as writer:
+        writer.append(made_up("LoHa", 0.65, 10), outcomes(0.65, 0))
+    with pytest.raises(RecordError, match=r"records\.jsonl holds records of a run that went on there"):
+        packing.pack(packed, packed)
 
 
 @pytest.mark.usefixtures("quick")
@@ -104,7 +141,7 @@ def test_damage_is_named(tmp_path: Path, plain: Path) -> None:
     assert isinstance(first, Record)
     whole = (packed / PACKED_OUTCOMES).read_bytes()
     (packed / PACKED_OUTCOMES).write_bytes(whole[:-30])
-    with pytest.raises(RecordError, match=r"LoRA, seed 0, cannot be read"):
+    with pytest.raises(RecordError, match=rf"{PACKED_OUTCOMES}: .* LoRA, seed 0, cannot be read"):
         first.read_outcomes()
     lines = lzma.decompress(whole).decode().splitlines(keepends=True)
     (packed / PACKED_OUTCOMES).write_bytes(lzma.compress("".join(lines[1:]).encode()))
@@ -112,7 +149,7 @@ def test_damage_is_named(tmp_path: Path, plain: Path) -> None:
         first.read_outcomes()
     swapped = [lines[0].split('"outcomes"')[0] + '"outcomes"' + lines[1].split('"outcomes"')[1], *lines[1:]]
     (packed / PACKED_OUTCOMES).write_bytes(lzma.compress("".join(swapped).encode()))
-    with pytest.raises(RecordError, match="not the predictions that LoRA, seed 0, was recorded with"):
+    with pytest.raises(RecordError, match=rf"{PACKED_OUTCOMES}: not the predictions that LoRA, seed 0, was"):
         first.read_outcomes()
     (packed / PACKED).write_bytes((packed / PACKED).read_bytes()[:-5])
     with pytest.raises(RecordError, match=rf"{PACKED}: cannot be decompressed .*; copy it again"):

@@ -84,7 +84,8 @@ def run_cell(job: Job) -> Finished:
         memory = measure.PeakMemory(device)
         torch.manual_seed(cell.seed)
         model = task.model(prepared.folder, prepared.facts)
-        measure.hold(model)
+        if device.type == "cpu":
+            measure.hold(model)
         if cell.contender.quantization is not None:
             model = subject.quantize(model, cell.contender.quantization)
         model = model.to(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peftkit_kernels import OPS, has_code
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -64,6 +65,9 @@ def run(
             part.take(records)
         if known := sum(len(part.records) for part in parts):
             console.print(f"{known} cells are recorded already")
+        # The machines of a cluster are others than this one.
+        if ray is None and (slow := plain_torch(record.compiled(), [part.suite for part in parts])):
+            console.print(slow, markup=False, highlight=False)
         with record.writer(out) as writer:
             failures = _run_cells(parts, writer, workers, console)
         written = report.write([out], out) if any(part.records for part in parts) else None
@@ -145,8 +149,6 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
         return failures
     threads = max(1, min(stamp["cores"] // workers.jobs, torch.get_num_threads()))
     console.print(f"about {waiting} cells to run, {workers.where}")
-    if slow := plain_torch(stamp["compiled"], [part.suite for part in parts]):
-        console.print(slow, markup=False, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
@@ -171,14 +173,19 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
 
 
 def plain_torch(compiled: Mapping[str, Sequence[str]], suites: Iterable[Suite]) -> str:
-    """What to say where peftkit's methods are timed without their compiled code; "": nothing."""
+    """What to say where operations of peftkit's methods are timed without their compiled code; "": nothing.
+
+    Args:
+        compiled: see `record.compiled`.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = any(each.subject == "peftkit" for suite in suites for each in suite.contenders.values())
-    if not own or device in compiled:
+    missing = {name for name in OPS if has_code(name, device)} - set(compiled.get(device, ()))
+    if not own or not missing:
         return ""
     return (
-        f"peftkit's operations are not compiled for {device}: times of its methods will be those of plain torch; "
-        f"python -m peftkit_kernels build{' --cuda' if device == 'cuda' else ''}"
+        f"{len(missing)} of peftkit's {len(OPS)} operations do not run compiled on {device} and will be timed as plain "
+        "torch; python -m peftkit_kernels status says why, and what to do"
     )
 
 

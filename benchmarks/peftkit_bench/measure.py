@@ -133,7 +133,7 @@ def _rusage_bytes() -> int:
 
 @torch.no_grad()
 def hold(model: nn.Module) -> None:
-    """Copies weights that lie in a mapped file into the process's own memory, where a GPU has them too.
+    """Copies all weights, so that none lies in a mapped file.
 
     Pages of a mapped checkpoint count as resident, although they can be had back, and stay as long as one of its
     weights is in use: weights that were replaced by codes would never be seen to go.

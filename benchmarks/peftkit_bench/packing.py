@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from peftkit_bench import record, report
 from peftkit_bench.record import RecordError
 
 DPI, COLOURS = 110, 32
-"""Of the plots: a third of the size of those of a report."""
+"""Of the plots: less than half the size of those of a report."""
+PICTURES = re.compile(r"\]\(([^)/]+\.png)\)")
+"""Files that a report shows."""
 
 
 def pack(folder: Path, out: Path) -> Path:
@@ -21,24 +24,40 @@ def pack(folder: Path, out: Path) -> Path:
     the newest is kept.
 
     Raises:
-        RecordError: a file cannot be read, there are no records, or `out` holds records that are not in `folder`.
+        RecordError: a file cannot be read, there are no records, or `out` holds what is not in `folder`.
     """
+    _check(out)
     records = list({each.key: each for each in record.read(folder)}.values())
     with tempfile.TemporaryDirectory() as scratch:
         shown = report.write([folder], Path(scratch), dpi=DPI).parent
         lost = {each.key for each in record.read(out)} - {each.key for each in records}
         if lost:
-            raise RecordError(
-                f"{out} holds {len(lost)} records that {folder} lacks; choose another folder, or delete it"
-            )
-        if (out / record.FILE).exists():
-            raise RecordError(f"{out / record.FILE} is there, unpacked; choose another folder, or delete it")
+            raise RecordError(f"{out} holds {len(lost)} records that {folder} lacks; choose another folder")
         record.write_packed(records, out)
-        for old in out.glob("*.png"):
-            old.unlink()
+        for old in _pictures(out):
+            (out / old).unlink(missing_ok=True)
         (out / "report.md").write_bytes((shown / "report.md").read_bytes())
         for plot in sorted(shown.glob("*.png")):
             with Image.open(plot) as image:
                 small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
             small.save(out / plot.name, optimize=True)
     return out
+
+
+def _check(out: Path) -> None:
+    """Raises: RecordError: the folder holds something that packing did not put there."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise RecordError(f"{out} is a file; choose another name for the folder")
+    if any(out.iterdir()) and not (out / record.PACKED).exists():
+        raise RecordError(f"{out} is not empty and holds no packed records; choose another folder")
+    running = out / record.FILE
+    if running.exists() and running.stat().st_size:
+        raise RecordError(f"{running} holds records of a run that went on there; choose another folder")
+
+
+def _pictures(out: Path) -> list[str]:
+    """Plots that the report in the folder shows."""
+    written = out / "report.md"
+    return PICTURES.findall(written.read_text("utf-8")) if written.exists() else []

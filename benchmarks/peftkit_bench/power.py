@@ -27,7 +27,8 @@ class Parts:
     interaction: float
     """Of what one run adds to one group, noise included."""
     degrees: float
-    """Degrees of freedom that each further seed adds to the variance of runs: 1, or more where it is pooled."""
+    """Degrees of freedom that each further seed is taken to add to the variance of runs: 1, or more where runs of other
+    methods speak too, which is an approximation."""
 
     def error(self, seeds: float, groups: float) -> float:
         """The standard error of the mean difference."""

@@ -192,10 +192,13 @@ class Record(_Line):
             raise RecordError(f"record {self.key} was not read from a folder, where its predictions would be")
         path, packed = self.folder / OUTCOMES / f"{self.key}.json.gz", self.folder / PACKED_OUTCOMES
         try:
-            text = _packed_outcomes(packed).get(self.key) if packed.exists() and not path.exists() else None
-            if text is None:
+            text = None
+            if packed.exists() and not path.exists():
+                path = packed
+                text = _packed_outcomes(packed)[self.key]
+            else:
                 text = gzip.decompress(path.read_bytes()).decode()
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except (OSError, EOFError, KeyError, zlib.error, lzma.LZMAError) as error:
             raise RecordError(
                 f"{path}: the predictions of {self.contender}, seed {self.seed}, cannot be read ({error}); copy the "
                 f"folder {OUTCOMES} together with {FILE}, or {PACKED_OUTCOMES} with {PACKED}"

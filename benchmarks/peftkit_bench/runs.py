@@ -21,14 +21,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import digamma, polygamma
+from scipy.special import digamma, gammaln, polygamma
 
 from peftkit_bench.tables import Table
 
 LEAST = 0.01
-"""A variance below this share of the pooled one counts as this: scores are counts of examples, and may agree."""
+"""A variance below this share of their median counts as this: scores are counts of examples, and may agree."""
 SHARED = 0.25
-"""Correlation of the sample variances of two differences that share a method: the square of 1/2."""
+"""The square of the correlation, 1/2, of two differences that share a method."""
+NEGLIGIBLE = 1e-8
+"""A variance of logarithms below this is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,11 @@ def run_variances(tables: Sequence[Table]) -> list[RunVariance | None]:
         RunVariance(variance=float(np.square(table.mean(axis=1) - table.mean()).sum()), degrees=table.shape[0] - 1)
         for table in tables
     ]
-    degrees = sum(each.degrees for each in own)
+    known = [each for each in own if math.isfinite(each.variance)]
+    degrees = sum(each.degrees for each in known)
     if not degrees:
         return [None] * len(own)
-    pooled = RunVariance(variance=sum(each.variance for each in own) / degrees, degrees=degrees)
+    pooled = RunVariance(variance=sum(each.variance for each in known) / degrees, degrees=degrees)
     alone = [RunVariance(variance=e.variance / max(e.degrees, 1), degrees=e.degrees) for e in own]
     return list(moderated(alone, pooled))
 
@@ -60,48 +63,64 @@ def run_variances(tables: Sequence[Table]) -> list[RunVariance | None]:
 def difference_variances(tables: Sequence[Table]) -> Mapping[tuple[int, int], RunVariance | None]:
     """The variance of the difference of two methods' means on one seed, by their places; None with one seed.
 
-    What a seed does to both alike cancels. The pooled one is twice the residual mean square of methods × seeds.
+    What a seed does to both alike cancels. The pooled one is twice the residual mean square of methods × seeds, methods
+    with a score that is not finite left out.
     """
     means = np.stack([table.mean(axis=1) for table in tables])
-    methods, seeds = means.shape
-    pairs = list(itertools.combinations(range(methods), 2))
+    pairs = list(itertools.combinations(range(len(means)), 2))
+    known = means[np.isfinite(means).all(axis=1)]
+    methods, seeds = known.shape
     degrees = (methods - 1) * (seeds - 1)
-    if not degrees:
+    if degrees <= 0:
         return dict.fromkeys(pairs)
-    residuals = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0, keepdims=True) + means.mean()
+    residuals = known - known.mean(axis=1, keepdims=True) - known.mean(axis=0, keepdims=True) + known.mean()
     pooled = RunVariance(variance=2 * float(np.square(residuals).sum()) / degrees, degrees=degrees)
     own = [RunVariance(variance=float((means[i] - means[j]).var(ddof=1)), degrees=seeds - 1) for i, j in pairs]
-    correlation = SHARED * 2 * (methods - 2) / max(1, len(pairs) - 1)
-    return dict(zip(pairs, moderated(own, pooled, correlation), strict=True))
+    sharing = 4 / (methods + 1) if methods > 2 else 0.0  # share of the pairs of differences that share a method
+    return dict(zip(pairs, moderated(own, pooled, sharing * _alike((seeds - 1) / 2)), strict=True))
 
 
 def moderated(own: Sequence[RunVariance], pooled: RunVariance, correlation: float = 0.0) -> list[RunVariance]:
     """Each variance drawn towards what all share.
 
     Args:
-        own: each by itself; without degrees of freedom it says nothing.
+        own: each by itself; without degrees of freedom it says nothing, and one that is not finite stays so.
         pooled: what all are where they do not differ.
-        correlation: mean correlation between two of them.
+        correlation: mean correlation between the logarithms of two of them.
     """
-    shared = _prior([each for each in own if each.degrees], pooled.variance * LEAST, correlation)
-    if shared is None:
-        return [pooled] * len(own)
+    shared = _prior([each for each in own if each.degrees and math.isfinite(each.variance)], correlation)
     found = []
     for each in own:
+        if not math.isfinite(each.variance):
+            found.append(each)
+            continue
+        if shared is None:
+            found.append(pooled)
+            continue
         degrees = shared.degrees + each.degrees
         variance = (shared.degrees * shared.variance + each.degrees * each.variance) / degrees
         found.append(RunVariance(variance=variance, degrees=min(degrees, pooled.degrees)))
     return found
 
 
-def _prior(own: Sequence[RunVariance], least: float, correlation: float) -> RunVariance | None:
+def _alike(half: float) -> float:
+    """Correlation of the logarithms of two sample variances with 2 · half degrees each, of draws whose square
+    correlates by SHARED: Σ SHAREDᵏ Γ(k) Γ(half) / (k Γ(half + k)) / ψ'(half)."""
+    k = np.arange(1, 30)
+    terms = np.exp(k * math.log(SHARED) + gammaln(k) + gammaln(half) - gammaln(half + k)) / k
+    return float(terms.sum() / polygamma(1, half))
+
+
+def _prior(own: Sequence[RunVariance], correlation: float) -> RunVariance | None:
     """s₀² and d₀; None: the variances differ no more than by chance."""
-    if len(own) < 2 or least <= 0:
+    positive = [each.variance for each in own if each.variance > 0]
+    if len(own) < 2 or not positive:
         return None
+    least = LEAST * float(np.median(positive))
     halves = np.array([each.degrees for each in own]) / 2
     logs = np.log([max(each.variance, least) for each in own]) - digamma(halves) + np.log(halves)
     excess = float(logs.var(ddof=1) - (1 - correlation) * polygamma(1, halves).mean())
-    if excess <= 0:
+    if excess <= NEGLIGIBLE:
         return None
     half = math.exp(brentq(lambda log: polygamma(1, math.exp(log)) - excess, -20, 20))
     return RunVariance(variance=float(np.exp(logs.mean() + digamma(half) - math.log(half))), degrees=2 * half)

@@ -257,7 +257,7 @@ def null(
 ) -> Model:
     """Eight "methods" that are one model: nothing but seeds tells them apart.
 
-    Where runs are uneven, method 1 differs by what its scatter does to the mean, 0.1 points for four times RUN.
+    Where runs are uneven, method 1 differs by what its scatter does to the mean, 0.15 points for four times RUN.
     """
     return Model(metric=metric, seeds=seeds, examples=examples, group_size=group_size, skills=(SKILL,) * 8, run=run,
                  method=0.0, uneven=uneven)  # fmt: skip

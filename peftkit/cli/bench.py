@@ -1,4 +1,4 @@
-"""Comparing methods and timings: `peftkit bench run | report | compare | speed | ops`."""
+"""Comparing methods and timings: `peftkit bench run | report | compare | pack | speed | ops`."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def bench_compare(
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Is the first better than the second? The paired test, the effect, its interval, and what would settle it."""
-    folders = records or sorted(path.parent for path in Path("reports").glob("*/records.jsonl*"))
+    folders = records or sorted(
+        {path.parent for end in ("", ".xz") for path in Path("reports").glob(f"*/records.jsonl{end}")}
+    )
     if not folders:
         raise ConfigError("no records in reports/*; name the folders that `peftkit bench run --out` has written")
     for folder in folders:

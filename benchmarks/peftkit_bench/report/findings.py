@@ -351,11 +351,14 @@ def _doubts(rows: Sequence[Row], contests: Sequence[Contest], searched: Sequence
         )
     records = [r for row in rows for r in row.records]
     stamps = ("processor", "cores", "device")
-    machines = {(*(r.environment.get(stamp) for stamp in stamps), r.threads, r.jobs) for r in records}
+    machines = {
+        (*(r.environment.get(stamp) for stamp in stamps), str(r.environment.get("compiled")), r.threads, r.jobs)
+        for r in records
+    }
     if len(machines) > 1:
         found.append(
-            "The records come from different machines, thread counts or numbers of cells at a time: times cannot be "
-            "compared."
+            "The records come from different machines, thread counts, numbers of cells at a time or compiled "
+            "operations: times cannot be compared."
         )
     if any(r.jobs > 1 for r in records):
         most = max(r.jobs for r in records)

@@ -68,7 +68,7 @@ def write(records_dirs: Sequence[Path], out: Path, *, dpi: int = style.PNG_DPI) 
     """The path of index.html, written with report.md, CSV tables and plots from the records of the given folders.
 
     Args:
-        records_dirs: folders with a `records.jsonl` each, and the predictions beside it.
+        records_dirs: folders with records, packed or not, and the predictions beside them.
         out: folder for the report.
         dpi: of the PNGs, pixels an inch.
 

@@ -48,7 +48,7 @@ class TaskVerdict:
     scores: tuple[Estimate, Estimate]
     difference: Estimate
     """Of the scores, first minus second, whichever is better."""
-    pooled: int
+    contenders: int
     """Contenders whose runs say how much runs vary."""
     test: str
     p: float
@@ -144,7 +144,7 @@ def _task(pair: Pair) -> TaskVerdict:
         seeds=tuple(r.seed for r in pair.first),
         scores=(estimate(tables[0], groups, runs[0]), estimate(tables[1], groups, runs[1])),
         difference=difference,
-        pooled=2 + len(beside),
+        contenders=2 + len(beside),
         test=test,
         p=p,
         p_corrected=p,
