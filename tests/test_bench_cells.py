@@ -5,16 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peftkit_kernels
 import pytest
 from bench_records import made_up
 from bench_suites import tiny_backbone, values
-from peftkit_bench import trials
+from peftkit_bench import cells, trials
 from peftkit_bench.cell import overridden
 from peftkit_bench.cells import Candidate, Cell, candidates, due, extension, remaining
 from peftkit_bench.preparing import prepare
 from peftkit_bench.record import Record
 from peftkit_bench.spec import SuiteError
 from peftkit_bench.suite import Suite, Training, parse
+from peftkit_kernels import Status
 
 SEARCHED = {"LoRA": {"method": "lora"}, "BitFit": {"method": "bitfit"}}
 
@@ -299,3 +301,16 @@ def test_identity_holds_everything_that_decides(planned) -> None:
         assert other.trial != one.trial, changes
     _, (same,) = planned(**base, seeds=[5], name="other", title="other")
     assert same.trial == one.trial
+
+
+def test_operations_that_run_compiled_are_named_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def status() -> list[Status]:
+        return [
+            Status(op=op, device=device, built=True, runnable=runnable, note="")
+            for op, device, runnable in (("one", "cpu", True), ("one", "cuda", False), ("two", "cpu", True))
+        ]
+
+    monkeypatch.setattr(peftkit_kernels, "status", status)
+    assert cells.compiled() == {"cpu": ["one", "two"]}
+    monkeypatch.setattr(peftkit_kernels, "status", list)
+    assert cells.compiled() == {}

@@ -4,13 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peftkit_kernels
 import pytest
 from bench_records import EXAMPLES, made_up, outcomes, read_back
 from peftkit_bench import record
 from peftkit_bench.metrics import METRICS
 from peftkit_bench.record import FILE, OUTCOMES, Record, RecordError
-from peftkit_kernels import Status
 
 
 def test_record_survives_the_round_trip(tmp_path: Path) -> None:
@@ -121,22 +119,9 @@ def test_records_need_the_standard_library_only() -> None:
 
 def test_environment_names_machine_versions_and_commit() -> None:
     found = record.environment()
-    assert set(found) == {"processor", "cores", "memory_bytes", "system", "python", "versions", "commit", "compiled"}
+    assert set(found) == {"processor", "cores", "memory_bytes", "system", "python", "versions", "commit"}
     assert found["cores"] >= 1
     assert "torch" in found["versions"]
-
-
-def test_environment_says_which_operations_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def status() -> list[Status]:
-        return [
-            Status(op=op, device=device, built=True, runnable=runnable, note="")
-            for op, device, runnable in (("one", "cpu", True), ("one", "cuda", False), ("two", "cpu", True))
-        ]
-
-    monkeypatch.setattr(peftkit_kernels, "status", status)
-    assert record.environment()["compiled"] == {"cpu": ["one", "two"]}
-    monkeypatch.setattr(peftkit_kernels, "status", list)
-    assert record.environment()["compiled"] == {}
 
 
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import peftkit_kernels
 from torch import nn
 
 import peftkit
@@ -75,6 +76,15 @@ class Point:
 def versions() -> dict[str, str]:
     """Versions of what decides the result; peftkit's own also where it runs from a source tree."""
     return {**record.versions(), "peftkit": peftkit.__version__}
+
+
+def compiled() -> dict[str, list[str]]:
+    """By kind of device the operations of peftkit that run as compiled code here; the others run as plain torch."""
+    found: dict[str, list[str]] = {}
+    for each in peftkit_kernels.status():
+        if each.runnable:
+            found.setdefault(each.device, []).append(each.op)
+    return found
 
 
 def candidates(suite: Suite, prepared: Prepared, skeleton: nn.Module) -> list[Candidate]:

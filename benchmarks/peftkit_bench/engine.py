@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from peftkit.errors import PeftkitError
 from peftkit_bench import record, report
 from peftkit_bench.cell import Job
-from peftkit_bench.cells import Candidate, Cell, candidates, due, remaining, versions
+from peftkit_bench.cells import Candidate, Cell, candidates, compiled, due, remaining, versions
 from peftkit_bench.metrics import METRICS
 from peftkit_bench.preparing import prepare
 from peftkit_bench.record import Record, RecordError
@@ -66,7 +66,7 @@ def run(
         if known := sum(len(part.records) for part in parts):
             console.print(f"{known} cells are recorded already")
         # The machines of a cluster are others than this one.
-        if ray is None and (slow := plain_torch(record.compiled(), [part.suite for part in parts])):
+        if ray is None and (slow := plain_torch(compiled(), [part.suite for part in parts])):
             console.print(slow, markup=False, highlight=False)
         with record.writer(out) as writer:
             failures = _run_cells(parts, writer, workers, console)
@@ -130,7 +130,7 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
     """Runs what is due until nothing is, recording each; returns what went wrong, a paragraph for each failed cell."""
     failures: list[str] = []
     running: dict[str, Part] = {}
-    stamp = {**record.environment(), "versions": versions()}
+    stamp = {**record.environment(), "versions": versions(), "compiled": compiled()}
     succeeded = 0
 
     def ready() -> Job | None:
@@ -172,15 +172,15 @@ def _run_cells(parts: Sequence[Part], writer: record.Writer, workers: Workers, c
     return failures
 
 
-def plain_torch(compiled: Mapping[str, Sequence[str]], suites: Iterable[Suite]) -> str:
+def plain_torch(available: Mapping[str, Sequence[str]], suites: Iterable[Suite]) -> str:
     """What to say where operations of peftkit's methods are timed without their compiled code; "": nothing.
 
     Args:
-        compiled: see `record.compiled`.
+        available: see `cells.compiled`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = any(each.subject == "peftkit" for suite in suites for each in suite.contenders.values())
-    missing = {name for name in OPS if has_code(name, device)} - set(compiled.get(device, ()))
+    missing = {name for name in OPS if has_code(name, device)} - set(available.get(device, ()))
     if not own or not missing:
         return ""
     return (

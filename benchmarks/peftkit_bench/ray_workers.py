@@ -18,7 +18,7 @@ from typing import Any
 from peftkit.errors import PeftkitError
 from peftkit_bench import record
 from peftkit_bench.cell import Finished, Job
-from peftkit_bench.cells import DECISIVE, Cell, versions
+from peftkit_bench.cells import DECISIVE, Cell, compiled, versions
 from peftkit_bench.preparing import weights_hash
 from peftkit_bench.tasks.contract import Prepared
 from peftkit_bench.workers import Outcome, work
@@ -240,7 +240,12 @@ def _answers(address: str) -> None:
 def _run(prepared: Prepared, plan: Mapping[str, Any]) -> Finished | str:
     """One cell, on the machine that Ray chose; what is wrong with the machine or the cell as text."""
     job = Job(prepared=prepared, **plan)
-    here = {**record.environment(), "versions": versions(), "commit": job.environment.get("commit")}
+    here = {
+        **record.environment(),
+        "versions": versions(),
+        "compiled": compiled(),
+        "commit": job.environment.get("commit"),
+    }
     return difference(job, here["versions"]) or work(Job(prepared=prepared, **{**plan, "environment": here}))
 
 

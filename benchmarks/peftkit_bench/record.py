@@ -431,7 +431,7 @@ def writer(directory: Path) -> Iterator[Writer]:
 
 
 def environment(root: Path | None = None) -> dict[str, Any]:
-    """The stamp of this machine: processor, memory, system, versions, commit, operations that run compiled.
+    """The stamp of this machine: processor, memory, system, versions, commit.
 
     Args:
         root: a folder of the source tree whose commit is stamped; None: that of this file.
@@ -444,19 +444,7 @@ def environment(root: Path | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "commit": _commit(root or Path(__file__).resolve().parent),
-        "compiled": compiled(),
     }
-
-
-def compiled() -> dict[str, list[str]]:
-    """By kind of device the operations of peftkit that run as compiled code here; the others run as plain torch."""
-    from peftkit_kernels import status  # only what runs cells needs it, not what reads records
-
-    found: dict[str, list[str]] = {}
-    for each in status():
-        if each.runnable:
-            found.setdefault(each.device, []).append(each.op)
-    return found
 
 
 def _processor() -> str:
