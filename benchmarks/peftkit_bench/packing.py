@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from peftkit_bench import record, report
+from peftkit_bench.placing import place
 from peftkit_bench.record import RecordError
 
 DPI, COLOURS = 110, 32
@@ -28,19 +30,21 @@ def pack(folder: Path, out: Path) -> Path:
     """
     _check(out)
     records = list({each.key: each for each in record.read(folder)}.values())
+    lost = {each.key for each in record.read(out)} - {each.key for each in records}
+    if lost:
+        raise RecordError(f"{out} holds {len(lost)} records that {folder} lacks; choose another folder")
     with tempfile.TemporaryDirectory() as scratch:
         shown = report.write([folder], Path(scratch), dpi=DPI).parent
-        lost = {each.key for each in record.read(out)} - {each.key for each in records}
-        if lost:
-            raise RecordError(f"{out} holds {len(lost)} records that {folder} lacks; choose another folder")
         record.write_packed(records, out)
         for old in _pictures(out):
             (out / old).unlink(missing_ok=True)
-        (out / "report.md").write_bytes((shown / "report.md").read_bytes())
+        place(out / "report.md", (shown / "report.md").read_bytes())
         for plot in sorted(shown.glob("*.png")):
             with Image.open(plot) as image:
                 small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-            small.save(out / plot.name, optimize=True)
+            packed = io.BytesIO()
+            small.save(packed, "PNG", optimize=True)
+            place(out / plot.name, packed.getvalue())
     return out
 
 

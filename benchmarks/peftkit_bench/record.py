@@ -192,7 +192,6 @@ class Record(_Line):
             raise RecordError(f"record {self.key} was not read from a folder, where its predictions would be")
         path, packed = self.folder / OUTCOMES / f"{self.key}.json.gz", self.folder / PACKED_OUTCOMES
         try:
-            text = None
             if packed.exists() and not path.exists():
                 path = packed
                 text = _packed_outcomes(packed)[self.key]

@@ -47,17 +47,20 @@ def run_variances(tables: Sequence[Table]) -> list[RunVariance | None]:
 
     A method with one seed has what the others share.
     """
-    own = [
-        RunVariance(variance=float(np.square(table.mean(axis=1) - table.mean()).sum()), degrees=table.shape[0] - 1)
-        for table in tables
-    ]
+    own = [_own(table) for table in tables]
     known = [each for each in own if math.isfinite(each.variance)]
     degrees = sum(each.degrees for each in known)
     if not degrees:
         return [None] * len(own)
-    pooled = RunVariance(variance=sum(each.variance for each in known) / degrees, degrees=degrees)
-    alone = [RunVariance(variance=e.variance / max(e.degrees, 1), degrees=e.degrees) for e in own]
-    return list(moderated(alone, pooled))
+    pooled = RunVariance(variance=sum(each.degrees * each.variance for each in known) / degrees, degrees=degrees)
+    return list(moderated(own, pooled))
+
+
+def _own(table: Table) -> RunVariance:
+    """The variance of a seed's mean from one method's own seeds; 0 without degrees of freedom with one seed."""
+    degrees = table.shape[0] - 1
+    squares = float(np.square(table.mean(axis=1) - table.mean()).sum())
+    return RunVariance(variance=squares / max(degrees, 1), degrees=degrees)
 
 
 def difference_variances(tables: Sequence[Table]) -> Mapping[tuple[int, int], RunVariance | None]:

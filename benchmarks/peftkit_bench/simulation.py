@@ -99,7 +99,7 @@ class Model:
             run: u of each run; None: the mean over runs.
             uneven: whether its runs are those of method 1.
         """
-        u = self.run * (self.uneven if uneven else 1.0) * NODES if run is None else run
+        u = self.deviations[int(uneven)] * NODES if run is None else run
         counts = EXPECTED[self.metric]((skill + u) / math.sqrt(1 + self.spread**2), skill + u)
         found = METRICS[self.metric].formula(np.stack(counts, axis=-1))
         return float(WEIGHTS @ found / WEIGHTS.sum()) if run is None else found

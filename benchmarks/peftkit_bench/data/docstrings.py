@@ -155,9 +155,9 @@ def rank(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def _split_of(source: str, shares: Mapping[str, int]) -> str:
-    """The split of a file: by a hash of its name, in proportion to the sizes."""
-    position = int(rank("split " + source)[:12], 16) / 16**12 * sum(shares.values())
+def chosen(what: str, shares: Mapping[str, int]) -> str:
+    """A name, by a hash of what it is chosen for, in proportion to the shares."""
+    position = int(rank(what)[:12], 16) / 16**12 * sum(shares.values())
     for name, share in shares.items():
         if position < share:
             return name
@@ -197,7 +197,7 @@ def _collect(origin: str, root: Path, files: Sequence[Path], shares: Mapping[str
     missing = {name: 3 * share for name, share in shares.items()}
     named = sorted((f"{origin}/{f.relative_to(root).as_posix()}", f) for f in files)
     for source, path in sorted(named, key=lambda pair: rank(pair[0])):
-        split = _split_of(source, shares)
+        split = chosen("split " + source, shares)
         if missing[split] <= 0:
             continue
         texts = [t for t in first_paragraphs(path.read_bytes()) if len(_WORD.findall(t.lower())) >= MIN_WORDS]

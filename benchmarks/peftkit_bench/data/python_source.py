@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from peftkit_bench.data.dataset import SPLITS, DataError, Dataset, Example, default_cache
-from peftkit_bench.data.docstrings import STANDARD_LIBRARY, python_files, rank, source_root
+from peftkit_bench.data.docstrings import STANDARD_LIBRARY, chosen, python_files, rank, source_root
 from peftkit_bench.placing import place
 from peftkit_bench.record import digest
 from peftkit_bench.tasks.contract import Task
@@ -78,7 +78,7 @@ def share(source: str) -> str:
     """
     if source.partition("/")[0] not in PRETRAINING:
         return "benchmark"
-    return _chosen("share " + source, SHARES)
+    return chosen("share " + source, SHARES)
 
 
 def version(origin: str) -> str:
@@ -181,7 +181,7 @@ def _build(
         for file in found:
             if share(file.source) != part:
                 continue
-            pool = pools[_chosen("split " + file.source, sizes)].setdefault(origin, [])
+            pool = pools[chosen("split " + file.source, sizes)].setdefault(origin, [])
             for text in sorted(set(windows(file.text, characters)), key=rank)[:PER_FILE]:
                 # Licences and other texts that several files share would be in two splits.
                 same = " ".join(text.split())
@@ -203,13 +203,3 @@ def _build(
                 f"{', '.join(files)}; ask for fewer, for shorter ones, or name more origins"
             )
     return rows
-
-
-def _chosen(what: str, shares: Mapping[str, int]) -> str:
-    """A name, by a hash, in proportion to the shares."""
-    position = int(rank(what)[:12], 16) / 16**12 * sum(shares.values())
-    for name, part in shares.items():
-        if position < part:
-            return name
-        position -= part
-    return max(shares, key=lambda name: shares[name])
