@@ -40,6 +40,7 @@ struct Cpu {
   bool avx2 = false;  // with fused multiply-adds and float16
   bool avx512 = false;
   bool avx512bf16 = false;
+  bool avx512fp16 = false;
   bool avx512vnni = false;
 };
 
@@ -53,6 +54,7 @@ inline const Cpu& cpu() {
                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512dq");
     own.avx512bf16 = own.avx512 && __builtin_cpu_supports("avx512bf16");
+    own.avx512fp16 = own.avx512 && __builtin_cpu_supports("avx512fp16");
     own.avx512vnni = own.avx512 && __builtin_cpu_supports("avx512vnni");
     return own;
   }();

@@ -4,6 +4,7 @@
 // library that torch uses. Quantizing, and scaling, shifting and rounding the sums, are one pass each.
 
 #include "peftkit_cpu.h"
+#include "peftkit_wide.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -28,10 +29,8 @@ constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kPanel = 1024;  // outputs, or inputs in the backward pass, dequantized at a time
 constexpr float kLargest = 127.0f;
 
-template <class Format>
-PEFTKIT_CLONES void widen(const typename Format::Bits* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = Format::load(from[i]);
-}
+using peftkit::widen;
+namespace wide = peftkit::wide;
 
 // The largest magnitude of finite numbers; as integers, whose order is that of the magnitudes.
 PEFTKIT_CLONES float largest_of(const float* values, int64_t count) {
@@ -158,6 +157,108 @@ bool has_vnni() {
 }
 #else
 bool has_vnni() { return false; }
+#endif
+
+#ifdef PEFTKIT_WIDE
+
+// Products of many rows in 16 bits, whose pairs are added in 32, where no instruction multiplies bytes. Tiles of the
+// weight are widened and multiplied with a block of rows, of which a part stays in the nearer caches.
+constexpr int64_t kBlock = 48;     // rows
+constexpr int64_t kPart = 1024;    // columns
+constexpr int64_t kOutputs = 4;    // of a tile
+constexpr int64_t kGroup = 32;     // outputs whose sums are kept together
+constexpr int64_t kTogether = 2;   // rows that are multiplied together
+constexpr int64_t kLanes = 16;     // numbers of a vector
+
+PEFTKIT_CLONES void widen_codes(const int8_t* from, int16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// sums[m * kGroup + r] += x_m . w_r of `width` numbers, a multiple of kLanes, in rows of kPart.
+template <int kRows>
+PEFTKIT_WIDE void block16(const int16_t* x, const int16_t* w, int64_t width, int32_t* sums) {
+  __m256i total[kRows][kOutputs];
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kOutputs; ++r) total[m][r] = _mm256_setzero_si256();
+  }
+  for (int64_t j = 0; j < width; j += kLanes) {
+    __m256i own[kRows];
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) own[m] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + m * kPart + j));
+#pragma GCC unroll 4
+    for (int r = 0; r < kOutputs; ++r) {
+      const __m256i piece = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + r * kPart + j));
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        total[m][r] = _mm256_add_epi32(total[m][r], _mm256_madd_epi16(own[m], piece));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) {
+    const __m256i a = _mm256_hadd_epi32(total[m][0], total[m][1]), b = _mm256_hadd_epi32(total[m][2], total[m][3]);
+    const __m256i c = _mm256_hadd_epi32(a, b);
+    auto* to = reinterpret_cast<__m128i*>(sums + m * kGroup);
+    const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+    _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), all));
+  }
+}
+
+// sums (rows, outputs) of signed codes.
+void products_wide(const int8_t* codes, const int8_t* weight, int32_t* sums, int64_t rows, int64_t width,
+                   int64_t outputs) {
+  // Rows lie part by part: rows of whole pages would share the same few places of a cache.
+  const int64_t groups = (outputs + kGroup - 1) / kGroup, parts = (width + kPart - 1) / kPart;
+  int16_t* x = peftkit::scratch<int16_t, 40>(static_cast<size_t>(std::min(rows, kBlock) * parts * kPart));
+  for (int64_t row = 0; row < rows; row += kBlock) {
+    const int64_t taken = std::min(kBlock, rows - row);
+    wide::for_rows(taken, width, [&](int64_t m) {
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t column = part * kPart, count = std::min(kPart, width - column);
+        int16_t* to = x + (part * taken + m) * kPart;
+        widen_codes(codes + (row + m) * width + column, to, count);
+        std::fill(to + count, to + kPart, int16_t{0});
+      }
+    });
+    const int64_t grain = std::max<int64_t>(1, kGrain / (kGroup * width + 1));
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      int16_t* tile = peftkit::scratch<int16_t, 41>(static_cast<size_t>(kOutputs * kPart));
+      int32_t held[kBlock * kGroup];
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = group * kGroup, count = std::min(kGroup, outputs - first);
+        std::fill_n(held, taken * kGroup, 0);
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t column = part * kPart, numbers = std::min(kPart, width - column);
+          const int64_t padded = (numbers + kLanes - 1) / kLanes * kLanes;
+          for (int64_t r = 0; r < count; r += kOutputs) {
+            for (int64_t i = 0; i < kOutputs; ++i) {
+              int16_t* to = tile + i * kPart;
+              widen_codes(weight + std::min(first + r + i, outputs - 1) * width + column, to, numbers);
+              std::fill(to + numbers, to + padded, int16_t{0});
+            }
+            for (int64_t m = 0; m < taken; m += kTogether) {
+              const int16_t* own = x + (part * taken + m) * kPart;
+              int32_t* to = held + m * kGroup + r;
+              if (taken - m == 1) {
+                block16<1>(own, tile, padded, to);
+              } else {
+                block16<kTogether>(own, tile, padded, to);
+              }
+            }
+          }
+        }
+        for (int64_t m = 0; m < taken; ++m) {
+          std::copy_n(held + m * kGroup, count, sums + (row + m) * outputs + first);
+        }
+      }
+    });
+  }
+}
+
+bool multiplies_wide() { return peftkit::cpu().avx2 && !peftkit::cpu().avx512; }
+
 #endif
 
 // sums * (row_scale * weight_scale) + bias for one row, rounded once.
@@ -320,6 +421,57 @@ void weight_only_few(const Tensor& x, const Tensor& weight, const Tensor& weight
   finish_rows(sums.data(), rows, one.data(), weight_scale, bias, out);
 }
 
+// Writes columns [left, left + width) of a row of the weight as float.
+void decode_row(const Tensor& weight, const Tensor& weight_scale, int64_t row, int64_t left, int64_t width, float* to) {
+  const auto* codes = static_cast<const int8_t*>(weight.const_data_ptr()) + row * weight.size(1) + left;
+  const float scale = static_cast<const float*>(weight_scale.const_data_ptr())[row];
+  decode<peftkit::Float32>(codes, scale, reinterpret_cast<uint32_t*>(to), width);
+}
+
+void weight_only_wide(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                      const std::optional<Tensor>& bias, Tensor& out) {
+  const int64_t rows = x.size(0), width = x.size(1), count = weight.size(0);
+  const std::vector<float> shift = shifts(bias, count);
+  const wide::Matrix from(x);
+  peftkit::with_format(x.scalar_type(), "int8_linear", [&](auto format) {
+    using Format = decltype(format);
+    auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
+#ifdef PEFTKIT_WIDE
+    if (rows <= wide::kFew) {
+      const std::vector<float> own = peftkit::floats(x);
+      const auto piece = [&](int64_t row, int64_t column, int64_t numbers, float* at) {
+        decode_row(weight, weight_scale, row, column, numbers, at);
+      };
+      const auto start = [&](int64_t first, int64_t outputs, float* sums) {
+        for (int64_t row = 0; row < rows; ++row) std::copy_n(&shift[first], outputs, sums + row * wide::kOut);
+      };
+      const auto finish = [&](int64_t first, int64_t outputs, const float* sums) {
+        for (int64_t row = 0; row < rows; ++row) {
+          wide::narrow<Format>(sums + row * wide::kOut, to + row * count + first, outputs);
+        }
+      };
+      wide::few(own.data(), rows, count, width, wide::kPart, piece, start, finish);
+      return;
+    }
+#endif
+    const auto left = [&](int64_t first, int64_t taken, float* at) {
+      wide::for_rows(taken, width, [&](int64_t i) { from.read(first + i, 0, width, at + i * width); });
+    };
+    const auto right = [&](int64_t first, int64_t outputs, float* at) {
+      wide::for_rows(outputs, width, [&](int64_t r) {
+        decode_row(weight, weight_scale, first + r, 0, width, at + r * width);
+      });
+    };
+    const auto finish = [&](int64_t row, int64_t taken, int64_t first, int64_t outputs, float* sums) {
+      wide::for_rows(taken, outputs, [&](int64_t i) {
+        for (int64_t r = 0; r < outputs; ++r) sums[i * outputs + r] += shift[first + r];
+        wide::narrow<Format>(sums + i * outputs, to + (row + i) * count + first, outputs);
+      });
+    };
+    wide::many(x, {rows, count, width}, left, right, finish);
+  });
+}
+
 void check(const Tensor& rows, const Tensor& weight, const Tensor& weight_scale, int64_t width) {
   STD_TORCH_CHECK(rows.is_contiguous() && weight.is_contiguous() && weight_scale.is_contiguous(),
                   "int8_linear: compiled code takes contiguous tensors");
@@ -355,12 +507,21 @@ Tensor forward(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tenso
         products(own, from + first * width, sums.data() + first, rows, width, last - first, count);
       });
       finish_rows(sums.data(), rows, scales.data(), weight_scale, bias, out);
+#ifdef PEFTKIT_WIDE
+    } else if (multiplies_wide()) {
+      std::vector<int32_t> sums(rows * count);
+      products_wide(reinterpret_cast<const int8_t*>(own), static_cast<const int8_t*>(weight.const_data_ptr()),
+                    sums.data(), rows, width, count);
+      finish_rows(sums.data(), rows, scales.data(), weight_scale, bias, out);
+#endif
     } else {
       const Tensor sums = product("aten::_int_mm", codes, turned(weight));
       finish_rows(static_cast<const int32_t*>(sums.const_data_ptr()), rows, scales.data(), weight_scale, bias, out);
     }
   } else if (rows <= kFew) {
     weight_only_few(x, weight, weight_scale, bias, out);
+  } else if (wide::pays(type)) {
+    weight_only_wide(x, weight, weight_scale, bias, out);
   } else {
     const int64_t most = std::min(kPanel, count);
     Tensor scratch = torch::stable::new_empty(x, {most, width});
@@ -377,6 +538,10 @@ Tensor forward(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tenso
     STD_TORCH_CHECK(down->is_contiguous() && up->is_contiguous() && down->size(1) == width && up->size(0) == count &&
                         up->size(1) == down->size(0),
                     "int8_linear: expected contiguous down (r, in) and up (out, r)");
+    if (wide::pays(type)) {
+      wide::add_low_rank(out, x, *down, *up, scale);
+      return out;
+    }
     const Tensor inner = linear(x, scaled(*down, type, 1.0), std::nullopt);
     const Tensor by = turned(scaled(*up, type, scale));
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), inner.get(), by.get(), 1.0, 1.0));
@@ -384,11 +549,38 @@ Tensor forward(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tenso
   return out;
 }
 
+void backward_wide(const Tensor& grad, const Tensor& weight, const Tensor& weight_scale, Tensor& out) {
+  const int64_t rows = grad.size(0), count = weight.size(0), width = weight.size(1);
+  const wide::Matrix from(grad);
+  peftkit::with_format(grad.scalar_type(), "int8_linear", [&](auto format) {
+    using Format = decltype(format);
+    auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
+    const auto left = [&](int64_t first, int64_t taken, float* at) {
+      wide::for_rows(taken, count, [&](int64_t i) { from.read(first + i, 0, count, at + i * count); });
+    };
+    const auto right = [&](int64_t first, int64_t inputs, float* at) {
+      wide::for_rows(count, inputs, [&](int64_t r) {
+        decode_row(weight, weight_scale, r, first, inputs, at + r * inputs);
+      });
+    };
+    const auto finish = [&](int64_t row, int64_t taken, int64_t first, int64_t inputs, float* sums) {
+      wide::for_rows(taken, inputs, [&](int64_t i) {
+        wide::narrow<Format>(sums + i * inputs, to + (row + i) * width + first, inputs);
+      });
+    };
+    wide::many(grad, {rows, width, count, 32, true}, left, right, finish);
+  });
+}
+
 Tensor backward(Tensor grad, Tensor weight, Tensor weight_scale) {
   check(grad, weight, weight_scale, weight.size(0));
   const int64_t count = weight.size(0), width = weight.size(1), most = std::min(kPanel, width);
   Tensor out = torch::stable::new_empty(grad, {grad.size(0), width});
   if (grad.size(0) == 0 || width == 0) return out;
+  if (wide::pays(grad.scalar_type())) {
+    backward_wide(grad, weight, weight_scale, out);
+    return out;
+  }
   for (int64_t left = 0; left < width; left += most) {
     const int64_t part = std::min(most, width - left);
     Tensor panel = torch::stable::new_empty(grad, {count, part});

@@ -6,6 +6,7 @@
 
 #include "peftkit_bfloat16.h"
 #include "peftkit_cpu.h"
+#include "peftkit_wide.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -20,6 +21,7 @@ using peftkit::ScalarType;
 using peftkit::Tensor;
 
 constexpr int64_t kFew = 4;           // rows up to which the update is computed here
+constexpr int64_t kStreamed = 2;      // rows of 16 bits up to which the library is as fast as the memory everywhere
 constexpr int64_t kFewHalves = 32;    // rows up to which all is, where bfloat16 can be multiplied
 constexpr int64_t kGrain = 1 << 15;   // elements a thread takes at the least
 constexpr int64_t kLevels = 1 << 16;  // of the probabilities
@@ -59,6 +61,23 @@ PEFTKIT_CLONES void drop(const Bits* from, Bits* to, int64_t first, int64_t last
   }
 }
 
+// Rows [first, first + count) of a matrix, of which `values` holds just these, with zeros where they are dropped.
+void drop_rows(float* values, int64_t first, int64_t count, int64_t width, const Chance& chance) {
+  auto* bits = reinterpret_cast<uint32_t*>(values);
+  const int64_t begin = first * width, end = begin + count * width;
+  torch::stable::parallel_for(begin / 4, (end + 3) / 4, kGrain / 4, [&](int64_t from, int64_t to) {
+    for (int64_t group = from; group < to; ++group) {
+      uint32_t held[4] = {}, kept[4];
+      const int64_t low = std::max(group * 4, begin), high = std::min(group * 4 + 4, end);
+      for (int64_t i = low; i < high; ++i) held[i - group * 4] = bits[i - begin];
+      // The group by itself, as the first of a draw that starts where it stands.
+      const uint64_t seed = chance.seed + static_cast<uint64_t>(group) * 0x9E3779B97F4A7C15ull;
+      drop<uint32_t>(held, kept, 0, 1, 4, seed, chance.threshold);
+      for (int64_t i = low; i < high; ++i) bits[i - begin] = kept[i - group * 4];
+    }
+  });
+}
+
 // What is multiplied: x itself, or a copy with zeros.
 Tensor dropped_of(const Tensor& x, const Chance& chance) {
   Tensor out = torch::stable::empty_like(x);
@@ -87,9 +106,9 @@ PEFTKIT_CLONES void cast(const typename From::Bits* from, typename To::Bits* to,
 
 using peftkit::widen;
 
-// by * factor in another dtype, rounded once; the factor itself where nothing changes.
-Tensor scaled(const Tensor& factor, ScalarType type, double by) {
-  if (factor.scalar_type() == type && by == 1.0) return factor;
+// by * factor in another dtype, rounded once; the factor itself where nothing changes, unless a copy is asked for.
+Tensor scaled(const Tensor& factor, ScalarType type, double by, bool always = false) {
+  if (factor.scalar_type() == type && by == 1.0 && !always) return factor;
   Tensor out = torch::stable::new_empty(factor, {factor.size(0), factor.size(1)}, std::make_optional(type));
   const int64_t count = factor.numel();
   peftkit::with_format(factor.scalar_type(), "lora_linear", [&](auto source) {
@@ -132,6 +151,13 @@ Tensor finished(const Tensor& from, ScalarType type, double by, bool turn) {
     });
   });
   return out;
+}
+
+// A gradient in float as a tensor like its factor; `turn`: it is (columns, rows).
+Tensor stored(std::vector<float>& values, const Tensor& like, bool turn) {
+  const int64_t rows = turn ? like.size(1) : like.size(0), columns = turn ? like.size(0) : like.size(1);
+  const Tensor from = peftkit::wide::viewed(values.data(), rows, columns, columns, like);
+  return turn ? finished(from, like.scalar_type(), 1.0, true) : scaled(from, like.scalar_type(), 1.0, true);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -253,6 +279,22 @@ void add_few(const Tensor& x, const Tensor& down, const Tensor& up, float gain, 
   });
 }
 
+// x @ downᵀ in float, (rows, rank), of a few rows.
+std::vector<float> inner_of(const peftkit::wide::Matrix& x, const std::vector<float>& down, int64_t rank) {
+  const int64_t rows = x.rows, width = x.columns;
+  std::vector<float> own(rows * width), inner(rows * rank);
+  x.read(0, 0, rows * width, own.data());
+  const int64_t grain = std::max<int64_t>(1, 4 * kGrain / (rows * width + 1));
+  torch::stable::parallel_for(0, rank, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      for (int64_t row = 0; row < rows; ++row) {
+        inner[row * rank + k] = dot(own.data() + row * width, down.data() + k * width, width);
+      }
+    }
+  });
+  return inner;
+}
+
 #ifdef PEFTKIT_AVX512BF16
 // Whether layer and update are computed here, the layer in bfloat16 and all sums in float.
 bool in_halves(const Tensor& x) {
@@ -291,6 +333,154 @@ Tensor few_halves(const Tensor& x, const Tensor& own, const Tensor& weight, cons
 }
 #endif
 
+namespace wide = peftkit::wide;
+
+// A matrix as it lies in memory, and the low-rank factors in float; `up` times the gain.
+struct Operands {
+  wide::Matrix weight;
+  int64_t rank;
+  std::vector<float> down, up;
+
+  Operands(const Tensor& own, const Tensor& own_down, const Tensor& own_up, double gain)
+      : weight(own), rank(own_down.size(0)), down(peftkit::floats(own_down)), up(peftkit::floats(own_up)) {
+    for (float& value : up) value *= static_cast<float>(gain);
+  }
+};
+
+// x @ weightᵀ + bias + (own @ downᵀ) @ (gain * up)ᵀ in float32, rounded once.
+Tensor forward_wide(const Tensor& x, const Tensor& own, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const Tensor& down, const Tensor& up, double gain) {
+  const int64_t rows = x.size(0), width = x.size(1), outputs = weight.size(0);
+  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == outputs),
+                  "lora_linear: expected a contiguous bias (out,)");
+  Tensor out = torch::stable::new_empty(x, {rows, outputs});
+  if (out.numel() == 0) return out;
+  Operands operands(weight, down, up, gain);
+  const int64_t rank = operands.rank, depth = width + rank;
+  const std::vector<float> shift = bias ? peftkit::floats(*bias) : std::vector<float>{};
+  const wide::Matrix from(x), given(own);
+  peftkit::with_format(x.scalar_type(), "lora_linear", [&](auto format) {
+    using Format = decltype(format);
+    auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
+#ifdef PEFTKIT_WIDE
+    if (rows <= wide::kFew) {
+      const std::vector<float> floats = peftkit::floats(x), inner = inner_of(given, operands.down, rank);
+      const auto piece = [&](int64_t row, int64_t column, int64_t count, float* at) {
+        operands.weight.read(row, column, count, at);
+      };
+      const auto start = [&](int64_t first, int64_t count, float* sums) {
+        for (int64_t row = 0; bias && row < rows; ++row) std::copy_n(&shift[first], count, sums + row * wide::kOut);
+        if (rank) peftkit::add_update(inner.data(), rows, rank, &operands.up[first * rank], count, sums);
+      };
+      const auto finish = [&](int64_t first, int64_t count, const float* sums) {
+        for (int64_t row = 0; row < rows; ++row) {
+          wide::narrow<Format>(sums + row * wide::kOut, to + row * outputs + first, count);
+        }
+      };
+      wide::few(floats.data(), rows, outputs, width, wide::kPart, piece, start, finish);
+      return;
+    }
+#endif
+    const bool same = own.const_data_ptr() == x.const_data_ptr();
+    const auto left = [&](int64_t first, int64_t count, float* at) {
+      Tensor inner = wide::viewed(at + width, count, rank, depth, x);
+      const Tensor read = wide::viewed(at, count, width, depth, x);
+      const Tensor turned_down = turned(wide::viewed(operands.down.data(), rank, width, width, x));
+      const auto fill = [&](const wide::Matrix& source) {
+        wide::for_rows(count, width, [&](int64_t i) { source.read(first + i, 0, width, at + i * depth); });
+      };
+      if (rank && !same) {
+        fill(given);
+        wide::multiply(inner, read, turned_down);
+      }
+      fill(from);
+      if (rank && same) wide::multiply(inner, read, turned_down);
+    };
+    const auto right = [&](int64_t first, int64_t count, float* at) {
+      wide::for_rows(count, width, [&](int64_t r) {
+        operands.weight.read(first + r, 0, width, at + r * depth);
+        std::copy_n(operands.up.data() + (first + r) * rank, rank, at + r * depth + width);
+      });
+    };
+    const wide::Sizes sizes{rows, outputs, depth};
+    wide::many(x, sizes, left, right, [&](int64_t row, int64_t taken, int64_t first, int64_t count, float* sums) {
+      wide::for_rows(taken, count, [&](int64_t i) {
+        float* line = sums + i * count;
+        for (int64_t r = 0; bias && r < count; ++r) line[r] += shift[first + r];
+        wide::narrow<Format>(line, to + (row + i) * outputs + first, count);
+      });
+    });
+  });
+  return out;
+}
+
+// As `backward`, in float32; what is needed is not empty.
+void backward_wide(const Tensor& grad, const Tensor& own, const Tensor& weight, const Tensor& down, const Tensor& up,
+                   const Chance& chance, Tensor* grad_x, std::vector<float>* grad_down, std::vector<float>* grad_up) {
+  const int64_t rows = grad.size(0), width = weight.size(1), outputs = weight.size(0);
+  Operands operands(weight, down, up, chance.gain);
+  const int64_t rank = operands.rank;
+  // What is dropped is dropped from the update's part before it is added.
+  const int64_t inside = chance.drops() ? 0 : rank, depth = outputs + inside;
+  const wide::Matrix from(grad), given(own);
+  const Tensor of_down = wide::viewed(operands.down.data(), rank, width, width, grad);
+  const Tensor of_up = wide::viewed(operands.up.data(), outputs, rank, rank, grad);
+  std::vector<float> apart;  // grad (gain U), where it does not stand beside grad, and times D
+  std::vector<float> low;
+  const auto left = [&](int64_t first, int64_t count, float* at) {
+    wide::for_rows(count, outputs, [&](int64_t i) { from.read(first + i, 0, outputs, at + i * depth); });
+    if (rank == 0) return;
+    const Tensor read = wide::viewed(at, count, outputs, depth, grad);
+    if (inside == 0) apart.resize(static_cast<size_t>(count * rank));
+    Tensor back = inside ? wide::viewed(at + outputs, count, rank, depth, grad)
+                         : wide::viewed(apart.data(), count, rank, rank, grad);
+    wide::multiply(back, read, of_up);
+    if (grad_x && inside == 0) {
+      low.resize(static_cast<size_t>(count * width));
+      Tensor to = wide::viewed(low.data(), count, width, width, grad);
+      wide::multiply(to, back, of_down);
+      drop_rows(low.data(), first, count, width, chance);
+    }
+    if (!grad_down && !grad_up) return;
+    float* x = peftkit::scratch<float, 30>(static_cast<size_t>(count * width));
+    wide::for_rows(count, width, [&](int64_t i) { given.read(first + i, 0, width, x + i * width); });
+    const Tensor seen = wide::viewed(x, count, width, width, grad);
+    if (grad_down) {
+      Tensor to = wide::viewed(grad_down->data(), rank, width, width, grad);
+      wide::multiply(to, turned(back), seen, 1.0);
+    }
+    if (grad_up) {
+      float* held = peftkit::scratch<float, 31>(static_cast<size_t>(count * rank));
+      Tensor inner = wide::viewed(held, count, rank, rank, grad);
+      wide::multiply(inner, seen, turned(of_down));
+      Tensor to = wide::viewed(grad_up->data(), rank, outputs, outputs, grad);
+      wide::multiply(to, turned(inner), read, 1.0, chance.gain);
+    }
+  };
+  const auto right = [&](int64_t first, int64_t count, float* at) {
+    wide::for_rows(depth, count, [&](int64_t r) {
+      if (r < outputs) {
+        operands.weight.read(r, first, count, at + r * count);
+      } else {
+        std::copy_n(operands.down.data() + (r - outputs) * width + first, count, at + r * count);
+      }
+    });
+  };
+  const wide::Sizes sizes{rows, grad_x ? width : 0, depth, 32, true};
+  peftkit::with_format(grad.scalar_type(), "lora_linear", [&](auto format) {
+    using Format = decltype(format);
+    auto* to = grad_x ? static_cast<typename Format::Bits*>(grad_x->mutable_data_ptr()) : nullptr;
+    wide::many(grad, sizes, left, right, [&](int64_t row, int64_t taken, int64_t first, int64_t count, float* sums) {
+      wide::for_rows(taken, count, [&](int64_t i) {
+        float* line = sums + i * count;
+        const float* besides = low.data() + i * width + first;
+        for (int64_t r = 0; !low.empty() && r < count; ++r) line[r] += besides[r];
+        wide::narrow<Format>(line, to + (row + i) * width + first, count);
+      });
+    });
+  });
+}
+
 Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor down, Tensor up, double scale,
                double probability, Seed seed) {
   check(x, weight, down, up);
@@ -306,6 +496,9 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor down,
     return few_halves(x, own, weight, bias, down, up, static_cast<float>(chance.gain));
   }
 #endif
+  if (wide::pays(type) && rows > kStreamed) {
+    return forward_wide(x, chance.drops() ? dropped_of(x, chance) : x, weight, bias, down, up, chance.gain);
+  }
   Tensor out = linear(x, weight, bias);
   if (rows == 0 || rank == 0 || out.numel() == 0) return out;
   const Tensor own = chance.drops() ? dropped_of(x, chance) : x;
@@ -331,9 +524,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight
   const ScalarType type = x.scalar_type();
   const int64_t rows = x.size(0), rank = down.size(0);
   const Chance chance(scale, probability, seed);
+  const auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+  if (wide::pays(type)) {
+    const Tensor own = chance.drops() && (need_down || need_up) ? dropped_of(x, chance) : x;
+    Tensor grad_x = torch::stable::new_empty(x, {need_x ? rows : 0, x.size(1)});
+    std::vector<float> grad_down(need_down ? down.numel() : 0), grad_up(need_up ? up.numel() : 0);
+    backward_wide(grad, own, weight, down, up, chance, need_x ? &grad_x : nullptr, need_down ? &grad_down : nullptr,
+                  need_up ? &grad_up : nullptr);
+    return {need_x ? grad_x : none(x), need_down ? stored(grad_down, down, false) : none(down),
+            need_up ? stored(grad_up, up, true) : none(up)};
+  }
   const bool dense = !chance.drops() && merges(rows, weight, rank, type);
   const Tensor cast_down = scaled(down, type, 1.0), cast_up = scaled(up, type, chance.gain);
-  const auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
   Tensor grad_x = none(x), grad_down = none(down), grad_up = none(up);
   std::optional<Tensor> back, own;
   if (need_down || (need_x && !dense)) back = product(grad, cast_up);
