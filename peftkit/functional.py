@@ -68,12 +68,21 @@ FEW_ROWS = 32
 """Rows up to which compiled code multiplies bfloat16 weights and their update in one pass over the weight."""
 
 
-def few_rows(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a plain layer whose few rows compiled code takes, without gradients; None for any other."""
+def _compiled_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether compiled code multiplies x with a frozen weight in a fraction of torch's time, at any number of rows."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
+        return False
+    from peftkit_kernels.lora_linear import faster_than_library
+
+    return weight.is_contiguous() and faster_than_library(x.dtype)
+
+
+def one_pass(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a plain layer that compiled code takes with its update, without gradients; None for others."""
     if (
-        x.dtype is not torch.bfloat16
+        x.dtype not in (torch.bfloat16, torch.float16)
         or x.device.type != "cpu"
-        or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        or x.numel() == 0
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
@@ -82,13 +91,17 @@ def few_rows(module: nn.Module, call: Callable[..., Any], x: Tensor) -> tuple[Te
     plain = plain_linear(module, call, x)
     if plain is None or not plain[0].is_contiguous() or (plain[1] is not None and plain[1].dtype != x.dtype):
         return None
+    if _compiled_is_faster(x, plain[0]):
+        return plain
+    if x.dtype is not torch.bfloat16 or x.numel() > FEW_ROWS * x.shape[-1]:
+        return None
     import peftkit_kernels  # when it is needed: loading compiled code takes time that `import peftkit` has not
 
     return plain if peftkit_kernels.OPS["lora_linear"].compiled_for("cpu") else None
 
 
 def in_one_pass(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """weight @ x + bias + scale * up @ down @ x for what `few_rows` gave, rounded once.
+    """weight @ x + bias + scale * up @ down @ x for what `one_pass` gave, rounded once.
 
     Args:
         x: (..., in).
@@ -191,11 +204,24 @@ def low_rank_gradients(
     return grad_x, grad_down, grad_up
 
 
+def _adapted(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """(weight + scale * up @ down) @ x + bias inside of a function of its own."""
+    if _compiled_is_faster(x, weight) and (bias is None or bias.dtype == x.dtype):
+        return in_one_pass(x, weight, bias, down, up, scale)
+    return _add_low_rank_(F.linear(x, weight, bias), x, down, up, scale)
+
+
 def _adapted_gradients(
     ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (weight + scale * up @ down) @ x for x, down and up; inputs 0, 3 and 4 of the function of `ctx`."""
     needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+    # Compiled code has no gradient of its gradients.
+    if not torch.is_grad_enabled() and grad.dtype == x.dtype and _compiled_is_faster(x, weight):
+        from peftkit_kernels.lora_linear import lora_gradients
+
+        found = lora_gradients(grad, _rows(x), weight, down, up, ctx.scale, needed)
+        return None if found[0] is None else found[0].view(x.shape), found[1], found[2]
     onto = grad @ weight if needed[0] else None
     grad_x, grad_down, grad_up = low_rank_gradients(grad, _rows(x), down, up, ctx.scale, needed, onto)
     return None if grad_x is None else grad_x.view(x.shape), grad_down, grad_up
@@ -210,7 +236,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale = scale
-        return _add_low_rank_(F.linear(x, weight, bias), x, down, up, scale)
+        return _adapted(x, weight, bias, down, up, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -248,7 +274,7 @@ class _DoraLinear(torch.autograd.Function):
         factors: Tensor,
         scale: float,
     ) -> Tensor:
-        out = _add_low_rank_(F.linear(x, weight), x, down, up, scale).mul_(factors.to(x.dtype))
+        out = _adapted(x, weight, None, down, up, scale).mul_(factors.to(x.dtype))
         if bias is not None:
             out.add_(bias)
         ctx.save_for_backward(x, weight, bias, down, up, magnitude, factors, out)

@@ -120,7 +120,7 @@ class LoraAdapter(Adapter):
             out = layer.with_low_rank(x, down, up, self.scale)
         elif functional.plain_gradients(x) and (plain := functional.plain_linear(module, call, x)) is not None:
             out = functional.lora_linear(x, *plain, down, up, self.scale)
-        elif (plain := functional.few_rows(module, call, x)) is not None:
+        elif (plain := functional.one_pass(module, call, x)) is not None:
             out = functional.in_one_pass(x, *plain, down, up, self.scale)
         else:
             out = functional.add_low_rank(call(x), x, down, up, self.scale)

@@ -35,6 +35,10 @@ def quantize_rows(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
     return (codes + 128).to(torch.uint8) if shifted else codes.to(torch.int8), largest / most
 
 
+EXACT = 1024
+"""Products of codes that float32 sums exactly: 127 * 128 * 1024 is below 2^24."""
+
+
 def dequantized(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """weight * weight_scale, (out, in), computed in float32 and rounded once to a dtype."""
     return (weight.to(weight_scale.dtype) * weight_scale[:, None]).to(dtype)
@@ -57,6 +61,12 @@ def _products(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """codes @ weightᵀ, exactly."""
     if dtype is torch.float64 or codes.device.type != "cpu" or not codes.numel() or not weight.numel():
         return (codes.double() @ weight.double().t()).to(dtype)
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        # The library's integer product takes tens of times as long as one in float32 there.
+        sums = codes.new_zeros((codes.shape[0], weight.shape[0]), dtype=torch.int32)
+        for part, own in zip(codes.split(EXACT, 1), weight.split(EXACT, 1), strict=True):
+            sums += (part.float() @ own.float().t()).to(torch.int32)
+        return sums.to(dtype)
     return torch._int_mm(codes, weight.t()).to(dtype)
 
 

@@ -219,6 +219,49 @@ def lora_linear(
     return plain.view(*x.shape[:-1], weight.shape[0])
 
 
+def faster_than_library(dtype: torch.dtype) -> bool:
+    """Whether `lora_linear` takes a fraction of the time of torch's own linear layer on this CPU, with many rows too.
+
+    So it is for 16-bit numbers where code is compiled and the processor has AVX2 and not AVX-512: torch multiplies
+    these one by one there, compiled code as float32.
+    """
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        and OP.compiled_for("cpu")
+    )
+
+
+@torch.no_grad()
+def lora_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `lora_linear` for x (rows, in), down and up, for functions that make it part of a larger step.
+
+    Args:
+        grad: (rows, out), the dtype of x.
+        x: (rows, in).
+        weight: (out, in), the dtype of x.
+        down: (r, in).
+        up: (out, r), the dtype of `down`.
+        needed: which of the three; None for the others.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: dtypes do not.
+    """
+    _checked(x, weight, None, down, up, 0.0, None)
+    if grad.dtype != x.dtype or grad.shape != (x.shape[0], weight.shape[0]):
+        raise ValueError(
+            f"lora_gradients: expected grad {(x.shape[0], weight.shape[0])} in {x.dtype}, found {tuple(grad.shape)} in "
+            f"{grad.dtype}"
+        )
+    tensors = (t.contiguous() for t in (grad, x, weight, down, up))
+    found = _backward(*tensors, float(scale), 0.0, None, *needed)
+    grad_x, grad_down, grad_up = (part if want else None for part, want in zip(found, needed, strict=True))
+    return grad_x, grad_down, grad_up
+
+
 @torch.no_grad()
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weightᵀ + bias without gradients: `lora_linear` of rank 0, which multiplies a few bfloat16 rows itself.
