@@ -25,6 +25,7 @@ from peftkit.methods.ptuning import PTuning
 from peftkit.methods.vera import VeRA
 from peftkit.plan import Plan, plan
 from peftkit.quantize import load_quantized, quantize
+from peftkit.route import route
 from peftkit.shards import merge_shards
 from peftkit.wrap import activate, disabled, unwrap, wrap
 
@@ -61,6 +62,7 @@ __all__ = [
     "merge_shards",
     "plan",
     "quantize",
+    "route",
     "save",
     "training",
     "unmerge",

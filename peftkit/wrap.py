@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -363,17 +363,25 @@ def disabled(model: nn.Module) -> Iterator[None]:
     record = record_of(model)
     if record.merged:
         raise StateError(f"{', '.join(record.merged)} is merged into the weights; call peftkit.unmerge(model) first")
-    held = [(module, module.__dict__["_peftkit_active"]) for _, module in sites_of(model)]
+    with with_active(model, dict.fromkeys((module for _, module in sites_of(model)), ())):
+        yield
+
+
+@contextmanager
+def with_active(model: nn.Module, active: Mapping[nn.Module, tuple[Any, ...]]) -> Iterator[None]:
+    """Inside the block these take part at the given modules, in place of what is active there."""
+    record = record_of(model)
+    held = {module: module.__dict__["_peftkit_active"] for module in active}
     was = record.active
     try:
-        for module, _ in held:
-            module.__dict__["_peftkit_active"] = ()
+        for module, own in active.items():
+            module.__dict__["_peftkit_active"] = own
         yield
     finally:
         # A verb called inside the block has decided anew what is active.
         if model.__dict__.get("_peftkit") is record and record.active is was:
-            for module, active in held:
-                module.__dict__["_peftkit_active"] = active
+            for module, own in held.items():
+                module.__dict__["_peftkit_active"] = own
 
 
 def unwrap(model: M, name: str | None = None) -> M:

@@ -176,7 +176,10 @@ class AdaLoraAdapter(Adapter):
             if adapter is not None and adapter._before_training is None:
                 adapter._before_training = parameter.detach().clone()
 
-        self.lora_E.register_post_accumulate_grad_hook(notice)
+        # A copy of an adapter that is not active does not require a gradient yet.
+        trains = self.lora_E.requires_grad
+        self.lora_E.requires_grad_(True).register_post_accumulate_grad_hook(notice)
+        self.lora_E.requires_grad_(trains)
 
     def kept_rows(self) -> Tensor:
         """Which triplets the last pruning kept, (r,)."""

@@ -30,7 +30,8 @@ class Backbone:
     block: str
     """Path of one block, to compile on its own; "" is the model."""
     features: frozenset[str]
-    """What the laws may ask for: "text", "causal", "generate", "checkpointing"."""
+    """What the laws may ask for: "text", "causal", "generate", "checkpointing"; "rows": each row of a batch
+    is a row of what projections are given."""
     seed: int = 11
 
     def __call__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
@@ -168,7 +169,7 @@ _ENCODER = {
     "pad_token_id": 0,
     "num_labels": CLASSES,
 }
-_TEXT = frozenset({"text", "checkpointing"})
+_TEXT = frozenset({"text", "checkpointing", "rows"})
 _GENERATES = _TEXT | {"causal", "generate"}
 
 
@@ -228,7 +229,8 @@ def _all() -> dict[str, Backbone]:
             ),
             make_inputs=_sequence,
             block="deberta.encoder.layer.0",
-            features=_TEXT,
+            # Its projections are given relative positions too, which all rows share.
+            features=_TEXT - {"rows"},
         ),
         Backbone(
             name="vit",
@@ -248,7 +250,7 @@ def _all() -> dict[str, Backbone]:
             ),
             make_inputs=_image,
             block="vit.layers.0",
-            features=frozenset({"checkpointing"}),
+            features=frozenset({"checkpointing", "rows"}),
         ),
         Backbone(
             name="t5",
@@ -321,7 +323,7 @@ def _all() -> dict[str, Backbone]:
         ),
         decoder("qwen2", "Qwen2ForCausalLM", "Qwen2Config", "model.layers.0", **_DECODER),
         decoder("mistral", "MistralForCausalLM", "MistralConfig", "model.layers.0", **_DECODER),
-        Backbone(name="mlp", make=Perceptron, make_inputs=_vectors, block="", features=frozenset()),
+        Backbone(name="mlp", make=Perceptron, make_inputs=_vectors, block="", features=frozenset({"rows"})),
     ]
     return {backbone.name: backbone for backbone in found}
 

@@ -47,6 +47,11 @@ LAWS: tuple[Law, ...] = (
     Law(forward.check_merge_matches_forward, lambda method, config: method.mergeable),
     Law(forward.check_merge_restores_every_bit, lambda method, config: method.mergeable),
     Law(forward.check_merge_is_refused, lambda method, config: not method.mergeable),
+    Law(
+        forward.check_rows_match_their_adapters,
+        lambda method, config: method.per_row,
+        requires=frozenset({"rows"}),
+    ),
     Law(forward.check_modes),
     Law(forward.check_dropout, lambda method, config: bool(forward.dropout_fields(config))),
     Law(forward.check_low_precision_base),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import disabled, wrap
-from peftkit.errors import MergeError
+from peftkit.errors import MergeError, StateError
 from peftkit.merge import merge, unmerge
+from peftkit.route import route
 from peftkit.testing.subject import (
     NOISE,
     Subject,
@@ -125,6 +126,32 @@ def check_disabled_equals_base(s: Subject) -> None:
             apart = distance(s.logits(model), base[mode])
         assert apart == 0, f"{s}: disabled, the logits differ from the backbone's by {apart:.2g} (training={mode})"
     assert distance(s.logits(model), ours) == 0, f"{s}: after `disabled` the adapter does not act as before"
+
+
+def check_rows_match_their_adapters(s: Subject) -> None:
+    """Each row of a routed batch computes what its adapter alone does; what is no low-rank update is refused."""
+    config = dataclasses.replace(s.config, modules_to_save=())
+    bare = dataclasses.replace(s, config=config)
+    model = bare.base()
+    alone: dict[str | None, Tensor] = {None: s.logits(model)}
+    for name, seed in (("one", 5), ("two", 6)):
+        bare.attach(model, name=name, seed=seed)
+        alone[name] = s.logits(model)
+    acting = [adapter for _, adapter in adapters_of(model, "two") if adapter.advises or adapter.replaces]
+    if any(adapter.low_rank() is None for adapter in acting):
+        with refusal(StateError, "two", f"{s}: routed, though it is no low-rank update"), route(model, ["two"]):
+            pass
+        return
+    rows = alone[None].shape[0]
+    names: list[str | None] = [("one", "two", None)[row % 3] for row in range(rows)]
+    allowed = allowance(s, model)
+    with route(model, names):
+        found = s.logits(model)
+    for row, own in enumerate(names):
+        apart = distance(found[row], alone[own][row])
+        assert apart <= allowed, f"{s}: row {row} is {apart:.2g} from {own!r} alone, rounding allows {allowed:.2g}"
+    after = distance(s.logits(model), alone["two"])
+    assert after == 0, f"{s}: after the block logits differ by {after:.2g} from those before it"
 
 
 def check_low_precision_base(s: Subject) -> None:
