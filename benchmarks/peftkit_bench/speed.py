@@ -293,6 +293,39 @@ def merging(rounds: int = 9, width: int = 4096) -> Iterator[Timing]:
     yield from _rows(f"merge and unmerge, 2 layers of {width}x{width}, bfloat16", "lora", times, None, "peft")
 
 
+def routing(rounds: int = 20, batch: int = 8, loaded: int = 16, context: int = 32) -> Iterator[Timing]:
+    """One token for each of 8 rows, each with an adapter of its own of 16 that are attached: rank 16, float32.
+
+    The base is the backbone without adapters.
+    """
+    import peft
+
+    models: dict[str, Any] = {"base": small_llama(), "peftkit": small_llama(), "peft": None}
+    for place in range(loaded):
+        peftkit.wrap(models["peftkit"], peftkit.LoRA(r=16, target_modules=ALL_LINEAR), name=str(place))
+    config = peft.LoraConfig(r=16, target_modules=ALL_LINEAR)
+    models["peft"] = peft.get_peft_model(small_llama(), config, adapter_name="0").eval()
+    for place in range(1, loaded):
+        models["peft"].add_adapter(str(place), config)
+    names = [str(2 * row) for row in range(batch)]
+    tokens = torch.randint(0, 1024, (batch, context))
+    caches: dict[str, Any] = {}
+
+    def run(name: str, chosen: Tensor, cache: Any) -> Any:
+        extra = {"adapter_names": names} if name == "peft" else {}
+        return models[name](input_ids=chosen, past_key_values=cache, use_cache=True, **extra).past_key_values
+
+    def step(name: str) -> None:
+        run(name, tokens[:, :1], caches[name])
+        caches[name].crop(-1)
+
+    with torch.no_grad(), peftkit.route(models["peftkit"], names):
+        for name in models:
+            caches[name] = run(name, tokens, None)
+        times = interleaved({name: functools.partial(step, name) for name in models}, rounds)
+    yield from _rows(f"{batch} rows, each with one of {loaded} adapters", "lora", times, None)
+
+
 def importing(rounds: int = 7) -> Iterator[Timing]:
     """`import torch` against `import torch, peftkit`, each in a process of its own."""
     import subprocess
@@ -310,7 +343,7 @@ def measure(progress: Callable[[str], None] = lambda text: None, only: Sequence[
 
     Args:
         progress: told what is timed next.
-        only: names of the comparisons to make: decode, prefill, training, wrapping, merging, import; none: all.
+        only: names of the comparisons to make: decode, prefill, training, wrapping, merging, routing, import; none: all.
 
     Raises:
         ValueError: a name that is none of these.
@@ -327,6 +360,7 @@ def measure(progress: Callable[[str], None] = lambda text: None, only: Sequence[
             for dtype in (torch.bfloat16, torch.float32)
             for batch in (1, 4)
         ],
+        "routing": [routing],
         "wrapping": [wrapping],
         "merging": [merging],
         "import": [importing],
