@@ -335,6 +335,28 @@ def python(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("widest", [256, 0])
+@pytest.mark.parametrize("op", ["nf4_linear", "lora_linear", "int8_linear", "quantize_blockwise"])
+def test_case_as_processors_with_narrower_vectors_run_it(op, widest, tmp_path):
+    """The same cases on the paths that this processor would not choose by itself: AVX2, and no vectors at all."""
+    compiler = tmp_path / "g++"
+    plain = "" if widest else "-DPEFTKIT_NO_CLONES"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} -DPEFTKIT_WIDEST={widest} {plain} "$@"\n')
+    compiler.chmod(0o755)
+    built = {"CXX": str(compiler), "PEFTKIT_KERNELS_DIR": str(tmp_path / "built")}
+    done = python("-m", "peftkit_kernels", "build", op, **built)
+    assert done.returncode == 0, done.stderr
+    names = " or ".join(f"{function.name}-" for function in OPS[op].functions)
+    chosen = ("-k", f"test_case and cpu and ({names})", "--no-header", "-p", "no:cacheprovider")
+    done = python("-m", "pytest", __file__, *chosen, **built)
+    assert done.returncode == 0, done.stdout[-4000:]
+    counts = done.stdout.splitlines()[-1]
+    assert " passed" in counts, counts
+    assert "skipped" not in counts, counts
+
+
 def test_status_names_every_operation_and_device():
     done = python("-m", "peftkit_kernels", "status")
     rows = [line.split() for line in done.stdout.splitlines()[1:]]

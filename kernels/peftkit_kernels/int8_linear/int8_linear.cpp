@@ -150,11 +150,7 @@ void products_vnni(const uint8_t* codes, const int8_t* weight, int32_t* sums, in
   }
 }
 
-bool has_vnni() {
-  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  return found;
-}
+bool has_vnni() { return peftkit::cpu().avx512vnni; }
 #else
 bool has_vnni() { return false; }
 #endif
