@@ -23,10 +23,17 @@ constexpr int64_t kOut = 32;             // outputs whose sums are kept together
 constexpr int64_t kTile = 4;             // outputs that are multiplied together
 constexpr int64_t kMost = 3;             // rows that are multiplied together
 constexpr int64_t kVector = 8;           // numbers in a vector
-constexpr int64_t kPart = 1024;          // numbers of a row in a tile
 constexpr int64_t kGrain = 1 << 16;      // numbers that are worth a thread
+#ifndef PEFTKIT_SMALL_PARTS
+constexpr int64_t kPart = 1024;           // numbers of a row in a tile
 constexpr int64_t kBlockBytes = 8 << 20;  // of rows that are multiplied together
 constexpr int64_t kPanelBytes = 4 << 20;  // of the weight, likewise
+#else
+// For checks: small problems have several of each, too.
+constexpr int64_t kPart = 32;
+constexpr int64_t kBlockBytes = 1 << 10;
+constexpr int64_t kPanelBytes = 1 << 10;
+#endif
 
 // Whether a product of numbers of that type is faster in float32. The library multiplies bfloat16 well where there is
 // AVX-512, and float16 where there is AVX-512 for it.
@@ -185,7 +192,7 @@ template <class Left, class Right, class Finish>
 void many(const Tensor& like, const Sizes& sizes, Left&& left, Right&& right, Finish&& finish) {
   const auto [rows, height, depth, unit, columns] = sizes;
   const int64_t numbers = std::max<int64_t>(depth, unit);
-  const int64_t block = std::min(rows, std::max<int64_t>(kBlockBytes / 4 / numbers, 32));
+  const int64_t block = std::min(rows, std::max<int64_t>(kBlockBytes / 4 / numbers, 8));
   const int64_t wanted = std::min(kPanelBytes / 4 / numbers, kBlockBytes / 4 / std::max<int64_t>(block, 1));
   const int64_t panel = std::min(height, std::max(wanted / unit, int64_t{1}) * unit);
   float* own = scratch<float, 23>(static_cast<size_t>(block * depth));

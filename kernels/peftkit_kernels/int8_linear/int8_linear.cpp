@@ -159,8 +159,13 @@ bool has_vnni() { return false; }
 
 // Products of many rows in 16 bits, whose pairs are added in 32, where no instruction multiplies bytes. Tiles of the
 // weight are widened and multiplied with a block of rows, of which a part stays in the nearer caches.
+#ifndef PEFTKIT_SMALL_PARTS
 constexpr int64_t kBlock = 48;     // rows
 constexpr int64_t kPart = 1024;    // columns
+#else
+constexpr int64_t kBlock = 8;
+constexpr int64_t kPart = 32;
+#endif
 constexpr int64_t kOutputs = 4;    // of a tile
 constexpr int64_t kGroup = 32;     // outputs whose sums are kept together
 constexpr int64_t kTogether = 2;   // rows that are multiplied together
