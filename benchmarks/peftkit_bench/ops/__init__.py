@@ -102,15 +102,20 @@ def limits(device: torch.device) -> Limits:
     big = torch.empty(64 * 2**20, dtype=torch.float32, device=device).fill_(1.0)
     to = torch.empty_like(big)
     copies = _median(functools.partial(to.copy_, big), device)
-    rate = 0.0
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-        rate = max(rate, 2 * 2048**3 / _median(functools.partial(torch.mm, a, b), device))
-    return Limits(bytes_per_second=2 * big.nbytes / copies, flops_per_second=rate)
+
+    def rate(dtype: torch.dtype, size: int, rounds: int) -> float:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return 2 * size**3 / _median(functools.partial(torch.mm, a, b), device, rounds)
+
+    flops = rate(torch.float32, 2048, 7)
+    # Where bfloat16 is multiplied one by one, a large product takes minutes.
+    if device.type != "cpu" or rate(torch.bfloat16, 256, 3) > flops / 10:
+        flops = max(flops, rate(torch.bfloat16, 2048, 7))
+    return Limits(bytes_per_second=2 * big.nbytes / copies, flops_per_second=flops)
 
 
-def _median(call: Callable[[], Any], device: torch.device) -> float:
-    return statistics.median(interleaved({"": _synchronised(call, device)}, 7)[""])
+def _median(call: Callable[[], Any], device: torch.device, rounds: int = 7) -> float:
+    return statistics.median(interleaved({"": _synchronised(call, device)}, rounds)[""])
 
 
 def _synchronised(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
