@@ -4,13 +4,18 @@ The attention modules of transformers look up how to attend under a name in thei
 is active, its module reads a view of that config that names the function below. It puts the extra keys and values in
 front of those of the tokens, widens mask and position bias, and calls what the config really names. No cache is made or
 changed, so that encoders, training, checkpointing and `generate` with any cache go the same way.
+
+Decoding without gradients is the exception: where it takes less time, compiled code attends to the extra keys where
+they are, instead of copying them and all keys of the cache for every token.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +29,12 @@ INTERFACE = "peftkit_prefix"
 """The name under which the function below stands in transformers' table of attention functions."""
 SUPPORTED = ("sdpa", "eager", None)
 """Implementations that take a mask per query and key; None is what a module without a model has, and means eager."""
+UNREAD = frozenset({"position_ids", "cache_position", "use_cache", "is_causal"})
+"""Arguments that transformers' sdpa does not read for one query, whatever they are."""
+FEW_COPIES = {torch.bfloat16: 2**16, torch.float16: 2**16, torch.float32: 2**18}
+"""Elements of keys below which copying them takes no longer than calling the compiled code, by dtype."""
+FEW_COPIES_IN_GROUPS = 2**18
+"""The same in any dtype for a key head of several queries and a mask, which transformers gives torch as one product."""
 
 
 def joins_interface(module: nn.Module) -> bool:
@@ -184,6 +195,8 @@ def attend(
             f"expected an attention mask of 4 dimensions or none, found {tuple(attention_mask.shape)} in "
             f"{type(module).__name__}; call model.set_attn_implementation('sdpa')"
         )
+    if name == "sdpa" and len(adapters) == 1 and _same_in_place(adapters[0], query, key, value, attention_mask, kwargs):
+        return _in_place(adapters[0], query, key, value, attention_mask, kwargs.get("scaling")), None
     queries, extra = query.shape[2], sum(a.length for a in adapters)
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (extra, 0), value=attention_mask.dtype == torch.bool)
@@ -211,9 +224,93 @@ def _joined(adapters: Sequence[KeyValueAdapter], key: Tensor, value: Tensor) -> 
     for adapter in adapters:
         extra_key, extra_value = adapter.keys_values()
         for parts, extra, like in ((keys, extra_key, key), (values, extra_value, value)):
-            shaped = extra.to(like.dtype).view(adapter.length, heads, -1).transpose(0, 1)
-            parts.insert(0, shaped[None].expand(batch, -1, -1, -1))
+            parts.insert(0, _by_head(extra.to(like.dtype), heads)[None].expand(batch, -1, -1, -1))
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def _by_head(extra: Tensor, heads: int) -> Tensor:
+    """(length, heads · width) -> (heads, length, width)."""
+    return extra.view(extra.shape[0], heads, -1).transpose(0, 1)
+
+
+def _same_in_place(
+    adapter: KeyValueAdapter,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Whether `_in_place` is the function that sdpa is over copied keys and values, in less time.
+
+    False for whatever is not known: eager attention, for one, returns weights, and nothing here says who reads them.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch.jit is not typed
+        return False
+    if query.shape[2] != 1 or query.device.type != "cpu" or not _pays(adapter.length, query, key, mask):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:  # forward derivatives are taken without gradients too
+        return False
+    return _fits(query, key, value, mask) and _is_plain(kwargs)
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether these are plain tensors of the shapes and dtypes of one query a row and a mask for each of its keys."""
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if any(type(t) is not Tensor or t.device.type != "cpu" for t in tensors):
+        return False
+    batch, heads, _, width = query.shape
+    if (key.shape[0], key.shape[3], value.shape) != (batch, width, key.shape) or heads % key.shape[1]:
+        return False
+    if query.dtype not in FEW_COPIES or (key.dtype, value.dtype) != (query.dtype, query.dtype):
+        return False
+    if mask is None:
+        return True
+    shaped = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (1, key.shape[2])
+    return shaped and mask.dtype in (torch.bool, query.dtype) and not mask.requires_grad
+
+
+def _is_plain(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments ask for nothing beside a scaled softmax."""
+    scaling = kwargs.get("scaling")
+    if scaling is not None and not (type(scaling) is float and math.isfinite(scaling)):
+        return False
+    rest = {name: given for name, given in kwargs.items() if name not in UNREAD and name != "scaling"}
+    return rest.pop("dropout", 0.0) == 0.0 and all(given is None for given in rest.values())
+
+
+def _pays(extra: int, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether compiled code takes the queries of a key head in one pass, and saves more than its call costs."""
+    batch, heads, tokens, width = key.shape
+    group = query.shape[1] // heads
+    few = FEW_COPIES.get(query.dtype, math.inf)
+    if mask is not None and group > 1:
+        few = max(few, FEW_COPIES_IN_GROUPS)
+    return batch * heads * (extra + tokens) * width >= few and group <= _group_in_one_pass()
+
+
+@functools.cache
+def _group_in_one_pass() -> int:
+    """How many queries of a key head compiled code takes in one pass on a CPU; 0 where there is none."""
+    import peftkit_kernels  # when it is needed: loading compiled code takes time that `import peftkit` has not
+    from peftkit_kernels.prefix_attention import FEW
+
+    return FEW if peftkit_kernels.OPS["prefix_attention"].compiled_for("cpu") else 0
+
+
+def _in_place(
+    adapter: KeyValueAdapter, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """The attention output, (batch, queries, heads, head width), from keys and values that are not copied."""
+    from peftkit_kernels import prefix_attention
+
+    extra_key, extra_value = (_by_head(extra, key.shape[1]) for extra in adapter.keys_values())
+    out = prefix_attention(query, extra_key, extra_value, key, value, mask, scale=scaling)
+    return out.transpose(1, 2)
 
 
 def _implementation(name: str | None, source: str) -> Callable[..., Any]:

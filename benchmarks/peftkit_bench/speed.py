@@ -343,7 +343,7 @@ def measure(progress: Callable[[str], None] = lambda text: None, only: Sequence[
 
     Args:
         progress: told what is timed next.
-        only: names of the comparisons to make: decode, prefill, training, wrapping, merging, routing, import; none: all.
+        only: names of the comparisons: decode, prefill, training, routing, wrapping, merging, import; none: all.
 
     Raises:
         ValueError: a name that is none of these.

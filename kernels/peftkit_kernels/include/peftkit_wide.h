@@ -27,7 +27,7 @@ constexpr int64_t kGrain = 1 << 16;      // numbers that are worth a thread
 #ifndef PEFTKIT_SMALL_PARTS
 constexpr int64_t kPart = 1024;           // numbers of a row in a tile
 constexpr int64_t kBlockBytes = 8 << 20;  // of rows that are multiplied together
-constexpr int64_t kPanelBytes = 4 << 20;  // of the weight, likewise
+constexpr int64_t kPanelBytes = 4 << 20;  // of the weight, likewise, for each thread
 #else
 // For checks: small problems have several of each, too.
 constexpr int64_t kPart = 32;
@@ -194,22 +194,27 @@ void many(const Tensor& like, const Sizes& sizes, Left&& left, Right&& right, Fi
   const int64_t numbers = std::max<int64_t>(depth, unit);
   const int64_t block = std::min(rows, std::max<int64_t>(kBlockBytes / 4 / numbers, 8));
   const int64_t wanted = std::min(kPanelBytes / 4 / numbers, kBlockBytes / 4 / std::max<int64_t>(block, 1));
-  const int64_t panel = std::min(height, std::max(wanted / unit, int64_t{1}) * unit);
+  const int64_t panel = std::max<int64_t>(std::min(height, std::max(wanted / unit, int64_t{1}) * unit), 1);
+  const int64_t panels = (height + panel - 1) / panel;
   float* own = scratch<float, 23>(static_cast<size_t>(block * depth));
-  float* held = scratch<float, 24>(static_cast<size_t>(panel * depth));
-  float* sums = scratch<float, 25>(static_cast<size_t>(block * panel));
   for (int64_t row = 0; row < rows; row += block) {
     const int64_t taken = std::min(block, rows - row);
     left(row, taken, own);
-    for (int64_t first = 0; first < height; first += panel) {
-      const int64_t count = std::min(panel, height - first);
-      right(first, count, held);
-      const Tensor a = viewed(own, taken, depth, depth, like);
-      const Tensor b = columns ? viewed(held, depth, count, count, like) : turned(viewed(held, count, depth, depth, like));
-      Tensor to = viewed(sums, taken, count, count, like);
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), a.get(), b.get()));
-      finish(row, taken, first, count, sums);
-    }
+    // A thread takes whole panels: inside, everything runs on it alone, and none waits for another until the end.
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      float* held = scratch<float, 24>(static_cast<size_t>(panel * depth));
+      float* sums = scratch<float, 25>(static_cast<size_t>(taken * panel));
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t first = p * panel, count = std::min(panel, height - first);
+        right(first, count, held);
+        const Tensor a = viewed(own, taken, depth, depth, like);
+        const Tensor b = columns ? viewed(held, depth, count, count, like)
+                                 : turned(viewed(held, count, depth, depth, like));
+        Tensor to = viewed(sums, taken, count, count, like);
+        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), a.get(), b.get()));
+        finish(row, taken, first, count, sums);
+      }
+    });
   }
 }
 
