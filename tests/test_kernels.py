@@ -340,7 +340,7 @@ def python(*arguments, **environment):
 @pytest.mark.parametrize("widest", [256, 0])
 @pytest.mark.parametrize("op", ["nf4_linear", "lora_linear", "int8_linear", "quantize_blockwise"])
 def test_case_as_processors_with_narrower_vectors_run_it(op, widest, tmp_path):
-    """The same cases on the paths that this processor would not choose by itself: AVX2, in many parts, and no vectors at all."""
+    """The same cases on paths that this processor may not choose: AVX2, in many small parts, and no vectors at all."""
     compiler = tmp_path / "g++"
     plain = "-DPEFTKIT_SMALL_PARTS" if widest else "-DPEFTKIT_NO_CLONES"
     compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} -DPEFTKIT_WIDEST={widest} {plain} "$@"\n')

@@ -287,7 +287,8 @@ def test_virtual_tokens_keep_padding_positions_of_roberta() -> None:
     expected = output(model, input_ids=ids, attention_mask=whole)
     for row, mask in ((left, torch.cat((none, some), 1)), (right, torch.cat((some, none), 1))):
         found = output(model, input_ids=row, attention_mask=mask)[mask.bool()]
-        torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-6)
+        # Sums of other lengths are taken in another order.
+        torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-5)
 
 
 def test_virtual_tokens_refuse_images_and_masks_by_pair() -> None:

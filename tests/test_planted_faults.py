@@ -263,6 +263,8 @@ def base_moving_start(adapter: Adapter, module: nn.Module, site: Site, cfg: Any)
 MERGE = {"merge_matches_forward"}
 MERGES = {"merge_matches_forward", "merge_restores_every_bit"}
 
+# What forward does beside the low-rank update is missing where rows are routed.
+ROWS = "rows_match_their_adapters"
 FAULTS: dict[str, tuple[Method, set[str]]] = {
     "wrong sign": (planted(WrongSign), MERGE),
     "wrong axis": (planted(WrongAxis), MERGE),
@@ -270,7 +272,7 @@ FAULTS: dict[str, tuple[Method, set[str]]] = {
     "update rounded before it is added": (planted(RoundedMerge), MERGE),
     "declared mergeable, is not": (planted(NoMerge), MERGES),
     "wrong count formula": (planted(parameter_count=one_too_many), {"count_matches_plan"}),
-    "trained tensor not counted": (planted(SecretTensor, mergeable=False), {"count_matches_plan"}),
+    "trained tensor not counted": (planted(SecretTensor, mergeable=False), {"count_matches_plan", ROWS}),
     "trained tensor not used": (
         planted(IdleTensor, parameter_count=with_secret),
         {"only_declared_parameters_train"},
@@ -295,6 +297,7 @@ FAULTS: dict[str, tuple[Method, set[str]]] = {
             "state_dict_keeps_base",
             "save_and_load",
             "two_adapters_are_independent",
+            ROWS,
         },
     ),
     "dropout in evaluation": (planted(AlwaysDrops), {"dropout"}),
@@ -314,6 +317,7 @@ FAULTS: dict[str, tuple[Method, set[str]]] = {
             "new_values_are_seen",
             "two_adapters_are_independent",
             "copies_are_independent",
+            ROWS,
         }
         | MERGES,
     ),
@@ -328,7 +332,7 @@ FAULTS: dict[str, tuple[Method, set[str]]] = {
     # An update that depends on other rows is no change of the weight either.
     "mixes the tokens of a row": (
         planted(MixesTokens),
-        {"padding_is_invisible", "generation_matches_forward", "generation_ignores_padding"} | MERGE,
+        {"padding_is_invisible", "generation_matches_forward", "generation_ignores_padding", ROWS} | MERGE,
     ),
     "reads codes as numbers": (planted(ReadsCodes), {"quantized_base"}),
     "recomputes something else": (planted(CountsOnRecompute), {"gradient_checkpointing"}),

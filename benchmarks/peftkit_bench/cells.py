@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import peftkit_kernels
 from torch import nn
 
 import peftkit
@@ -80,6 +79,8 @@ def versions() -> dict[str, str]:
 
 def compiled() -> dict[str, list[str]]:
     """By kind of device the operations of peftkit that run as compiled code here; the others run as plain torch."""
+    import peftkit_kernels  # loading CUDA code asks for GPUs, which must not happen before processes are forked
+
     found: dict[str, list[str]] = {}
     for each in peftkit_kernels.status():
         if each.runnable:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peftkit_kernels import OPS, has_code
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -178,6 +177,8 @@ def plain_torch(available: Mapping[str, Sequence[str]], suites: Iterable[Suite])
     Args:
         available: see `cells.compiled`.
     """
+    from peftkit_kernels import OPS, has_code  # see `cells.compiled`
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = any(each.subject == "peftkit" for suite in suites for each in suite.contenders.values())
     missing = {name for name in OPS if has_code(name, device)} - set(available.get(device, ()))
