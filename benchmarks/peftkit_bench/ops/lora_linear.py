@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftkit_bench.ops import Comparison, Setting
 
 RANK = 16
-STEPS = ((2048, 4096, 4096), (128, 512, 512), (512, 512, 512), (128, 512, 1408), (512, 512, 1408))
+STEPS = ((2048, 4096, 4096), (256, 4096, 4096), (128, 512, 512), (512, 512, 512), (128, 512, 1408), (512, 512, 1408))
 """Rows, in and out of training steps."""
 DECODES = ((1, 512, 512), (1, 4096, 4096))
 
@@ -90,7 +90,7 @@ def _decoding(rows: int, width: int, out: int, device: torch.device) -> Setting:
 def comparisons() -> Iterator[Comparison]:
     """Training steps, and one row without gradients."""
     for rows, width, out in STEPS:
-        large = rows * width * out > 2**30
+        large = rows * width * out > 2**33
         yield Comparison(
             op="lora_linear",
             label=f"forward + backward bfloat16 {rows} rows of {width}x{out}, r {RANK}",
