@@ -46,13 +46,20 @@ inline bool pays(ScalarType type) {
 #endif
 }
 
+// Calls each(i) for rows of a matrix of `width` columns, on as many threads as it is worth.
+template <class Each>
+void for_rows(int64_t rows, int64_t width, Each&& each) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / (width + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) each(i);
+  });
+}
+
 // A matrix (rows, columns) that lies in memory, read as float32 piece by piece.
 struct Matrix {
   const void* data = nullptr;
   ScalarType type = ScalarType::Float;
   int64_t rows = 0, columns = 0;
 
-  Matrix() = default;
   explicit Matrix(const Tensor& tensor)
       : data(tensor.const_data_ptr()), type(tensor.scalar_type()), rows(tensor.size(0)), columns(tensor.size(1)) {}
 
@@ -61,6 +68,11 @@ struct Matrix {
       using Format = decltype(tag);
       widen<Format>(static_cast<const typename Format::Bits*>(data) + row * columns + column, to, count);
     });
+  }
+
+  // Whole rows [first, first + count), `stride` apart.
+  void read_rows(int64_t first, int64_t count, float* to, int64_t stride) const {
+    for_rows(count, columns, [&](int64_t i) { read(first + i, 0, columns, to + i * stride); });
   }
 };
 
@@ -76,14 +88,6 @@ inline Tensor turned(const Tensor& matrix) { return torch::stable::transpose(mat
 // to = beta * to + alpha * a b.
 inline void multiply(Tensor& to, const Tensor& a, const Tensor& b, double beta = 0.0, double alpha = 1.0) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), beta, alpha));
-}
-
-// Calls each(i) for rows of a matrix of `width` columns, on as many threads as it is worth.
-template <class Each>
-void for_rows(int64_t rows, int64_t width, Each&& each) {
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / (width + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) each(i);
-  });
 }
 
 template <class Format>
@@ -229,10 +233,10 @@ inline void add_low_rank(Tensor& out, const Tensor& x, const Tensor& down, const
   float* sums = scratch<float, 27>(static_cast<size_t>(block * outputs));
   for (int64_t row = 0; row < rows; row += block) {
     const int64_t count = std::min(block, rows - row);
-    for_rows(count, width, [&](int64_t i) { from.read(row + i, 0, width, read + i * width); });
+    from.read_rows(row, count, read, width);
     Tensor held = viewed(inner.data(), count, rank, rank, x), to = viewed(sums, count, outputs, outputs, x);
     multiply(held, viewed(read, count, width, width, x), turned(viewed(own_down.data(), rank, width, width, x)), 0, gain);
-    for_rows(count, outputs, [&](int64_t i) { Matrix(out).read(row + i, 0, outputs, sums + i * outputs); });
+    Matrix(out).read_rows(row, count, sums, outputs);
     multiply(to, held, turned(viewed(own_up.data(), outputs, rank, rank, x)), 1.0);
     with_format(out.scalar_type(), "peftkit", [&](auto tag) {
       using Format = decltype(tag);

@@ -456,7 +456,7 @@ void weight_only_wide(const Tensor& x, const Tensor& weight, const Tensor& weigh
     }
 #endif
     const auto left = [&](int64_t first, int64_t taken, float* at) {
-      wide::for_rows(taken, width, [&](int64_t i) { from.read(first + i, 0, width, at + i * width); });
+      from.read_rows(first, taken, at, width);
     };
     const auto right = [&](int64_t first, int64_t outputs, float* at) {
       wide::for_rows(outputs, width, [&](int64_t r) {
@@ -557,7 +557,7 @@ void backward_wide(const Tensor& grad, const Tensor& weight, const Tensor& weigh
     using Format = decltype(format);
     auto* to = static_cast<typename Format::Bits*>(out.mutable_data_ptr());
     const auto left = [&](int64_t first, int64_t taken, float* at) {
-      wide::for_rows(taken, count, [&](int64_t i) { from.read(first + i, 0, count, at + i * count); });
+      from.read_rows(first, taken, at, count);
     };
     const auto right = [&](int64_t first, int64_t inputs, float* at) {
       wide::for_rows(count, inputs, [&](int64_t r) {

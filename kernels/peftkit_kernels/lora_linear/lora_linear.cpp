@@ -386,14 +386,11 @@ Tensor forward_wide(const Tensor& x, const Tensor& own, const Tensor& weight, co
       Tensor inner = wide::viewed(at + width, count, rank, depth, x);
       const Tensor read = wide::viewed(at, count, width, depth, x);
       const Tensor turned_down = turned(wide::viewed(operands.down.data(), rank, width, width, x));
-      const auto fill = [&](const wide::Matrix& source) {
-        wide::for_rows(count, width, [&](int64_t i) { source.read(first + i, 0, width, at + i * depth); });
-      };
       if (rank && !same) {
-        fill(given);
+        given.read_rows(first, count, at, depth);
         wide::multiply(inner, read, turned_down);
       }
-      fill(from);
+      from.read_rows(first, count, at, depth);
       if (rank && same) wide::multiply(inner, read, turned_down);
     };
     const auto right = [&](int64_t first, int64_t count, float* at) {
@@ -428,7 +425,7 @@ void backward_wide(const Tensor& grad, const Tensor& own, const Tensor& weight, 
   std::vector<float> apart;  // grad (gain U), where it does not stand beside grad, and times D
   std::vector<float> low;
   const auto left = [&](int64_t first, int64_t count, float* at) {
-    wide::for_rows(count, outputs, [&](int64_t i) { from.read(first + i, 0, outputs, at + i * depth); });
+    from.read_rows(first, count, at, depth);
     if (rank == 0) return;
     const Tensor read = wide::viewed(at, count, outputs, depth, grad);
     if (inside == 0) apart.resize(static_cast<size_t>(count * rank));
@@ -443,7 +440,7 @@ void backward_wide(const Tensor& grad, const Tensor& own, const Tensor& weight, 
     }
     if (!grad_down && !grad_up) return;
     float* x = peftkit::scratch<float, 30>(static_cast<size_t>(count * width));
-    wide::for_rows(count, width, [&](int64_t i) { given.read(first + i, 0, width, x + i * width); });
+    given.read_rows(first, count, x, width);
     const Tensor seen = wide::viewed(x, count, width, width, grad);
     if (grad_down) {
       Tensor to = wide::viewed(grad_down->data(), rank, width, width, grad);

@@ -667,7 +667,7 @@ void many_wide(const Tensor& x, const Weight& weight, const std::optional<Tensor
   std::vector<float> own_bias = floats(bias), own_down = floats(down), own_up = floats(up);
   for (float& value : own_up) value *= scale;
   const auto left = [&](int64_t first, int64_t count, float* to) {
-    wide::for_rows(count, columns, [&](int64_t i) { own.read(first + i, 0, columns, to + i * depth); });
+    own.read_rows(first, count, to, depth);
     if (rank == 0) return;
     Tensor inner = wide::viewed(to + columns, count, rank, depth, x);
     wide::multiply(inner, wide::viewed(to, count, columns, depth, x),
@@ -701,7 +701,7 @@ void gradient_wide(const Tensor& grad, const Weight& weight, const std::optional
   std::vector<float> own_down = floats(down), own_up = floats(up);
   for (float& value : own_up) value *= scale;
   const auto left = [&](int64_t first, int64_t count, float* to) {
-    wide::for_rows(count, height, [&](int64_t i) { own.read(first + i, 0, height, to + i * depth); });
+    own.read_rows(first, count, to, depth);
     if (rank == 0) return;
     Tensor inner = wide::viewed(to + height, count, rank, depth, grad);
     wide::multiply(inner, wide::viewed(to, count, height, depth, grad),
